@@ -33,7 +33,7 @@ class _Canonical(NamedTuple):
 
 
 def _canonical(affine: NDArray, shape: tuple[int, ...]) -> _Canonical:
-    """Address a stored array by its RAS voxels, so that LAS and RAS storage of an image give the same bits."""
+    """Address a stored array by its RAS voxels, so that LAS and RAS storage of an image give equal bits."""
     orientation = nib.io_orientation(affine)  # per stored axis: the RAS axis it runs along, and +1 or -1
     axes, flips = orientation[:, 0].astype(int), orientation[:, 1].astype(int)
     stored_strides = np.array([shape[1] * shape[2], shape[2], 1])

@@ -1,0 +1,375 @@
+"""Open one 4D BOLD file, refuse what cannot be used, and bring its frames onto the grid, to the TR, to z.
+
+Nothing here loads a whole file: frames are read in order, a chunk at a time.
+"""
+
+import json
+import logging
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle import grid
+from bundle.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+TR_RANGE = (0.1, 20.0)  # seconds
+SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
+MNI_CODE = 4  # the NIfTI xform code for MNI152
+CHUNK_VALUES = 2**24  # numbers read at once: 128 MiB as float64
+_READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError)
+
+
+@dataclass(frozen=True)
+class Bold:
+    """One 4D run whose header has passed every check; its data stay on disk.
+
+    Attributes:
+        path: the file.
+        image: the nibabel image, not loaded.
+        affine: (4, 4) float64, stored voxel to MNI world, mm.
+        axcodes: the stored orientation, for example ("L", "A", "S").
+        tr: repetition time, seconds.
+        tr_source: where the TR came from ("given", the sidecar's name, or "header").
+        space: the space's name, always beginning with "MNI".
+    """
+
+    path: Path
+    image: Any
+    affine: NDArray[np.float64]
+    axcodes: tuple[str, ...]
+    tr: float
+    tr_source: str
+    space: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The three spatial sizes as stored."""
+        return self.image.shape[:3]
+
+    @property
+    def frames(self) -> int:
+        """The number of time points."""
+        return self.image.shape[3]
+
+
+def stem(path: Path) -> str:
+    """A file's name without .nii.gz, .nii, .hdr or .img."""
+    return re.sub(r"\.(nii(\.gz)?|hdr|img)$", "", path.name)
+
+
+def entities(path: Path) -> dict[str, str]:
+    """The BIDS entities in a file's name, by key: `sub-01_task-rest_bold.nii` gives sub and task."""
+    return dict(re.findall(r"(?:^|_)([A-Za-z]+)-([A-Za-z0-9+]+)(?=_|$)", stem(path)))
+
+
+def open_bold(path: str | Path, tr: float | None = None, space: str | None = None) -> Bold:
+    """Open a BOLD run without reading its data.
+
+    Args:
+        path: a 4D NIfTI file (.nii, .nii.gz or a .hdr/.img pair).
+        tr: repetition time in seconds, used instead of the sidecar's and the header's.
+        space: the user's word that the file is in this space; must begin with "MNI".
+
+    Returns:
+        The run, with TR, affine and space decided.
+
+    Raises:
+        InputError: the file is missing, unreadable, not NIfTI, not 4D, not real-valued, has no usable TR or
+            affine, or is not known to be in MNI space.
+    """
+    path = Path(path)
+    image = _load_nifti(path)
+    if len(image.shape) != 4:
+        raise InputError(
+            f"{path} has shape {image.shape}, but BOLD must be 4D (x, y, z, time); give the 4D run"
+        )
+    if image.get_data_dtype().kind not in "iuf":
+        raise InputError(
+            f"{path} holds {image.get_data_dtype()} values, but BOLD must be real numbers; convert it first"
+        )
+    affine = _affine_of(image, path, assume=space is not None)
+    seconds, tr_source = _tr_of(image, path, tr)
+    return Bold(
+        path, image, affine, nib.aff2axcodes(affine), seconds, tr_source, space=_space_of(image, path, space)
+    )
+
+
+def _load_nifti(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; check the path")
+    try:
+        # keep_file_open: reading a gzip file onward must not decompress it from the start for every chunk
+        image: Any = nib.load(path, keep_file_open=True)
+    except _READ_ERRORS as error:
+        raise InputError(
+            f"{path} cannot be read as NIfTI ({_one_line(error)}); copy or convert it again"
+        ) from error
+    if not isinstance(image, nib.Nifti1Pair):
+        raise InputError(f"{path} is {type(image).__name__}, not NIfTI; convert it to .nii.gz first")
+    return image
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _affine_of(image: Any, path: Path, assume: bool) -> NDArray[np.float64]:
+    """The sform when set, else the qform; with neither, nibabel's centred default if the space is assumed."""
+    if image.header["sform_code"] == 0 and image.header["qform_code"] == 0:
+        if not assume:
+            raise InputError(
+                f"{path} has neither an sform nor a qform, so its place in space is unknown; "
+                "if it is in MNI space with its centre at the origin, say so with --space MNI"
+            )
+        logger.warning("%s has neither an sform nor a qform; its centre is taken as the world origin", path)
+    affine = np.asarray(image.affine, np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise InputError(
+            f"{path} has an affine that cannot be inverted ({affine[:3].tolist()}); repair its header"
+        )
+    return affine
+
+
+def _space_of(image: Any, path: Path, given: str | None) -> str:
+    """The MNI space's name, from the user, else the BIDS name, else the affine's code."""
+    if given is not None:
+        if not given.startswith("MNI"):
+            raise InputError(f"--space must begin with MNI, not {given!r}; bring {path} into MNI space first")
+        return given
+    named = entities(path).get("space")
+    if named is not None and named.startswith("MNI"):
+        return named
+    header = image.header
+    code = int(header["sform_code"] or header["qform_code"])
+    if named is None and code == MNI_CODE:
+        return "MNI152"
+    found = f"its name says space-{named}" if named else f"no space-MNI in its name, affine code {code}"
+    raise InputError(
+        f"{path} is not known to be in MNI space ({found}); "
+        "give the MNI-space file, or --space MNI if it is one"
+    )
+
+
+def _tr_of(image: Any, path: Path, given: float | None) -> tuple[float, str]:
+    """The TR in seconds and its source: the user, else the BIDS sidecar, else the header with its unit."""
+    sidecar = path.with_name(stem(path) + ".json")
+    header_tr = _header_tr(image)
+    tr: Any
+    if given is not None:
+        tr, source = given, "given"
+    elif (sidecar_tr := _sidecar_tr(sidecar)) is not None:
+        tr, source = sidecar_tr, sidecar.name
+    else:
+        tr, source = header_tr, "header"
+        if tr is None:
+            unit, size = image.header.get_xyzt_units()[1], float(image.header["pixdim"][4])
+            raise InputError(f"{path} gives its TR as {size:g} in the unit {unit!r}; give --tr in seconds")
+    if isinstance(tr, bool) or not isinstance(tr, int | float) or not TR_RANGE[0] <= tr <= TR_RANGE[1]:
+        raise InputError(
+            f"TR must be between {TR_RANGE[0]} and {TR_RANGE[1]} seconds, not {tr!r} ({path}, {source}); "
+            "give --tr in seconds"
+        )
+    if source != "header" and header_tr is not None and abs(header_tr - tr) > 1e-3:
+        logger.warning("%s: TR %g s (%s) is used; the header says %g s", path, tr, source, header_tr)
+    return float(tr), source
+
+
+def _header_tr(image: Any) -> float | None:
+    """The header's TR in seconds, to the microsecond (it is stored as float32); None if it has no unit."""
+    factor = SECONDS_PER_UNIT.get(image.header.get_xyzt_units()[1])
+    return None if factor is None else round(float(image.header["pixdim"][4]) * factor, 6)
+
+
+def _sidecar_tr(sidecar: Path) -> Any:
+    if not sidecar.is_file():
+        return None
+    try:
+        return json.loads(sidecar.read_text(encoding="utf-8")).get("RepetitionTime")
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"{sidecar} is not a JSON object ({_one_line(error)}); repair or remove it"
+        ) from error
+
+
+def frame_chunks(bold: Bold) -> Iterator[tuple[int, NDArray]]:
+    """Read a run's frames in order.
+
+    Yields:
+        The first frame's number and the scaled values (X, Y, Z, F) as stored, F frames that fit in memory.
+
+    Raises:
+        InputError: the file ends early or is damaged.
+    """
+    step = max(1, CHUNK_VALUES // math.prod(bold.shape))
+    for start in range(0, bold.frames, step):
+        try:
+            yield start, bold.image.dataobj[..., start : start + step]
+        except _READ_ERRORS as error:
+            raise InputError(
+                f"{bold.path} is truncated or damaged at frame {start} ({_one_line(error)}); copy it again"
+            ) from error
+
+
+def varying(bold: Bold) -> NDArray[np.bool_]:
+    """The voxels, as stored, whose value is not the same at every frame (NaN throughout is the same)."""
+    changes = np.zeros(bold.shape, bool)
+    first: NDArray = np.empty(0)
+    for start, chunk in frame_chunks(bold):
+        if start == 0:
+            first = chunk[..., :1].copy()
+        differs = chunk != first
+        if chunk.dtype.kind == "f":
+            differs &= ~(np.isnan(first) & np.isnan(chunk))
+        changes |= differs.any(axis=3)
+    return changes
+
+
+def brain_on_grid(bold: Bold, mask: str | Path | None) -> NDArray[np.bool_]:
+    """A run's non-background voxels on the grid, by nearest neighbour, inside the run's field of view.
+
+    Args:
+        bold: the run.
+        mask: a 3D brain mask (above 0.5 is brain) in any space that its own affine maps to the same world;
+            None takes the voxels that are not constant over time, decided on the run's own voxels.
+
+    Returns:
+        A bool array of `grid.SHAPE`.
+
+    Raises:
+        InputError: the mask cannot be read, is not 3D, is empty or lies elsewhere; every voxel is constant.
+    """
+    if mask is None:
+        native = varying(bold)
+        if not native.any():
+            raise InputError(f"{bold.path} is constant over time in every voxel; it holds no signal")
+        affine = bold.affine
+    else:
+        native, affine = _load_mask(Path(mask))
+    brain = grid.nearest(native, affine) & grid.covered(bold.affine, bold.shape)
+    if not brain.any():
+        what = f"the brain mask {mask}" if mask is not None else "the part of the run that varies over time"
+        raise InputError(
+            f"{bold.path} and {what} do not overlap on the MNI grid; check that both are in MNI space"
+        )
+    return brain
+
+
+def _load_mask(path: Path) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    image = _load_nifti(path)
+    affine = _affine_of(image, path, assume=False)
+    try:
+        values = np.asarray(image.dataobj)
+    except _READ_ERRORS as error:
+        raise InputError(f"{path} is truncated or damaged ({_one_line(error)}); copy it again") from error
+    if values.ndim == 4 and values.shape[3] == 1:
+        values = values[..., 0]
+    if values.ndim != 3:
+        raise InputError(f"{path} has shape {values.shape}, but a brain mask must be 3D; give a 3D mask")
+    if not (values > 0.5).any():
+        raise InputError(
+            f"the brain mask {path} is empty (no value above 0.5); give a mask that holds the brain"
+        )
+    return values > 0.5, affine
+
+
+def sample(bold: Bold, brain: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Interpolate every frame at the brain's grid voxels: one trilinear step in world space, streamed.
+
+    Args:
+        bold: the run.
+        brain: bool, `grid.SHAPE`, inside the run's field of view.
+
+    Returns:
+        (T, V) float32 in the file's own units; V runs over `np.flatnonzero(brain)`.
+
+    Raises:
+        InputError: NaN or Inf in the brain, or elsewhere other than as NaN throughout (SPM's background).
+    """
+    frames = np.empty((bold.frames, int(brain.sum())), np.float32)
+    wrong = np.zeros(bold.shape, bool)  # voxels that are not finite and not plain background
+    for start, chunk in frame_chunks(bold):
+        finite = np.isfinite(chunk)
+        if start == 0:
+            nan_background = np.isnan(chunk[..., 0])
+            if lost := int((grid.nearest(nan_background, bold.affine) & brain).sum()):
+                raise InputError(
+                    f"{bold.path} is NaN in {lost} grid voxels of its brain mask; give a tighter mask"
+                )
+            operator = grid.linear_operator(bold.affine, bold.shape, np.flatnonzero(brain), ~nan_background)
+        if not finite.all() or nan_background.any():
+            wrong |= (finite == nan_background[..., None]).any(axis=3) | np.isinf(chunk).any(axis=3)
+            chunk = np.where(finite, chunk, 0)
+        columns = np.ascontiguousarray(chunk, np.float32).reshape(
+            -1, chunk.shape[3]
+        )  # (X, Y, Z, F) -> (XYZ, F)
+        frames[start : start + chunk.shape[3]] = (operator @ columns).T  # (V, F) -> (F, V)
+    if wrong.any():
+        raise InputError(
+            f"{bold.path} holds NaN or Inf in {int(wrong.sum())} voxels that are not plain background; "
+            "repair the file or exclude the run"
+        )
+    return frames
+
+
+def frames_after(frames: int, tr: float, new_tr: float) -> int:
+    """How many frames at 0, new_tr, 2 new_tr ... seconds lie no later than the last of `frames` at `tr`."""
+    return math.floor((frames - 1) * tr / new_tr + grid.SNAP) + 1
+
+
+def resample_tr(frames: NDArray[np.float32], tr: float, new_tr: float) -> NDArray[np.float32]:
+    """Interpolate linearly in time, between the two neighbouring frames.
+
+    Args:
+        frames: (T, V) at 0, tr, 2 tr ... seconds.
+        tr: their spacing, seconds.
+        new_tr: the wanted spacing, seconds.
+
+    Returns:
+        (T', V) float32 at 0, new_tr, 2 new_tr ... seconds, none after the last input frame; frames that fall
+        on an input frame are copies.
+    """
+    out = np.empty((frames_after(len(frames), tr, new_tr), frames.shape[1]), np.float32)
+    for index, row in enumerate(out):
+        position = index * new_tr / tr
+        if abs(position - round(position)) < grid.SNAP:
+            row[:] = frames[round(position)]
+        else:
+            before = math.floor(position)
+            share = np.float32(position - before)
+            np.multiply(frames[before], 1 - share, out=row)
+            row += share * frames[before + 1]
+    return out
+
+
+def zscore(frames: NDArray[np.float32]) -> tuple[NDArray[np.float16], float, float]:
+    """Scale a run by the mean and population SD over all its voxels and frames: z = (x - mean) / SD.
+
+    Args:
+        frames: (T, V) in any unit; negative values are as good as others.
+
+    Returns:
+        z (T, V) as float16 (a step of at most 0.001 for |z| < 2), the mean and the SD in the frames' unit,
+        both accumulated in float64.
+
+    Raises:
+        InputError: the values are all the same.
+    """
+    mean = float(frames.mean(dtype=np.float64))
+    squares = sum(float(np.square(frame.astype(np.float64) - mean).sum()) for frame in frames)
+    sd = math.sqrt(squares / frames.size)
+    if sd <= 1e-6 * abs(mean):  # beyond float32: what varies is rounding
+        raise InputError(f"every value in the brain is {mean:g} (SD {sd:g}); the run holds no signal")
+    z = np.empty(frames.shape, np.float16)
+    for out, frame in zip(z, frames, strict=True):
+        out[:] = (frame.astype(np.float64) - mean) / sd
+    return z, mean, sd

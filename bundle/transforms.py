@@ -63,9 +63,7 @@ class ToGridd(MapTransform):
         min_overlap: the least share of the MNI152 brain mask that the run's brain must contain.
     """
 
-    def __init__(
-        self, keys: KeysCollection = "bold", mask_key: str = "mask", min_overlap: float = MIN_OVERLAP
-    ) -> None:
+    def __init__(self, keys: KeysCollection = "bold", mask_key: str = "mask", min_overlap: float = MIN_OVERLAP) -> None:
         super().__init__(keys)
         self.mask_key = mask_key
         self.min_overlap = min_overlap
@@ -80,8 +78,8 @@ class ToGridd(MapTransform):
             overlap = grid.mni_overlap(brain)
             if overlap < self.min_overlap:
                 raise InputError(
-                    f"{run.path} covers only {overlap:.0%} of the MNI brain (low overlap: {self.min_overlap:.0%} "
-                    "is needed), so it is likely in native space or its mask is wrong; "
+                    f"{run.path} covers only {overlap:.0%} of the MNI brain (low overlap: "
+                    f"{self.min_overlap:.0%} is needed), so it is likely in native space or its mask is wrong; "
                     "give the MNI-space run and mask"
                 )
             item[key] = bold.sample(run, brain)
@@ -110,9 +108,7 @@ class ResampleTRd(MapTransform):
         min_frames: the fewest frames that must come out.
     """
 
-    def __init__(
-        self, keys: KeysCollection = "bold", tr: float = TR_SECONDS, min_frames: int = CLIP_FRAMES
-    ) -> None:
+    def __init__(self, keys: KeysCollection = "bold", tr: float = TR_SECONDS, min_frames: int = CLIP_FRAMES) -> None:
         super().__init__(keys)
         self.tr = tr
         self.min_frames = min_frames
@@ -254,8 +250,8 @@ class TakeClipd(MapTransform):
 class ScatterClipd(MapTransform):
     """Put a clip's brain voxels back on the dense grid, on the device.
 
-    "frames" (T, V) and "voxels" (V,) become "image", a MetaTensor (T, X, Y, Z) float32 with `grid.AFFINE`, its
-    background holding the item's "fill", and "brain", a bool MetaTensor (1, X, Y, Z).
+    "frames" (T, V) and "voxels" (V,) become "image", a MetaTensor (T, X, Y, Z) float32 with `grid.AFFINE`,
+    its background holding the item's "fill", and "brain", a bool MetaTensor (1, X, Y, Z).
 
     Args:
         device: where the dense image is made; only the brain's half-precision values travel there.
@@ -300,9 +296,7 @@ class TimeLastd(MapTransform):
         return item
 
 
-def clips(
-    runs: Sequence[Mapping[str, Any]], frames: int = CLIP_FRAMES, stride: int = CLIP_FRAMES
-) -> list[dict]:
+def clips(runs: Sequence[Mapping[str, Any]], frames: int = CLIP_FRAMES, stride: int = CLIP_FRAMES) -> list[dict]:
     """List the clips of stored runs, in order: 1 + (T - frames) // stride of each run, the tail left out.
 
     Args:

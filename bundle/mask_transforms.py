@@ -190,7 +190,7 @@ class RandomTokenMaskd(_AddMaskd):
         fixed: the draw depends only on seed, ``run_id`` and ``start``; for validation.
 
     Raises:
-        InputError: a ratio outside (0, 1], an unknown ``where``; when called, an image that tokens do not fit.
+        InputError: a ratio outside (0, 1], an unknown ``where``; when called, an image tokens do not fit.
     """
 
     block = (1, 1, 1, 1)  # tokens hidden together, along x, y, z, t

@@ -1,0 +1,154 @@
+"""The selective scan of Mamba in plain PyTorch, fast enough on a CPU to train small models.
+
+For every sequence and channel ``d`` there are N hidden values that follow (Gu and Dao, "Mamba: Linear-Time
+Sequence Modeling with Selective State Spaces", 2023, section 3.2, with the simplified discretisation of its
+code):
+
+    h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t],        y[t] = C[t] . h[t] + D u[t],        h[-1] = 0
+
+Storing every h[t] needs N times the memory of the input, and working in log space with cumulative sums
+overflows. So the tokens are walked in order, `CHUNK` at a time, for a tile of sequences whose states fit into
+the cache. Only the state at the start of each chunk is kept; the backward pass recomputes the rest.
+"""
+
+# ruff: noqa: N803, N806 - A, B, C and D are the names of the paper
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK = 16  # tokens between two stored states
+CPU_TILE = 1 << 20  # elements of a work buffer, 4 MiB: smaller pays more per call, larger leaves the cache
+CUDA_TILE = 1 << 27  # elements of a work buffer, 512 MiB: few, large kernels matter more than the cache
+
+
+def selective_scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Same as `selective_scan`, written as the textbook loop: the reference for tests and benchmarks.
+
+    Plain autograd keeps every state, so this is slow and needs about N times the memory.
+    """
+    state = u.new_zeros(u.shape[0], *A.shape)  # (b, d, n)
+    outputs = []
+    for t in range(u.shape[1]):
+        gain = torch.exp(delta[:, t, :, None] * A)
+        state = gain * state + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
+        outputs.append((state * C[:, t, None, :]).sum(-1))
+    return torch.stack(outputs, dim=1) + D * u
+
+
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Run the recurrence over the tokens of every sequence.
+
+    Half-precision input (autocast) is computed in float32; float64 stays float64.
+
+    Args:
+        u: input (b, l, d).
+        delta: positive step sizes (b, l, d).
+        A: decay rates (d, n), negative.
+        B: input weights (b, l, n).
+        C: output weights (b, l, n).
+        D: skip weights (d,).
+
+    Returns:
+        y (b, l, d), differentiable once with respect to every argument.
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    with torch.autocast(u.device.type, enabled=False):
+        return _SelectiveScan.apply(*(tensor.to(dtype) for tensor in (u, delta, A, B, C, D)))
+
+
+def _rows_per_tile(u: Tensor, states: int) -> int:
+    """How many sequences are walked together."""
+    budget = CPU_TILE if u.device.type == "cpu" else CUDA_TILE
+    return max(1, min(u.shape[0], budget // (CHUNK * states * u.shape[2])))
+
+
+def _advance(
+    start: Tensor, delta: Tensor, drive: Tensor, B: Tensor, log2_decay: Tensor, gains: Tensor, states: Tensor
+) -> Tensor:
+    """Fill `gains` exp(delta A) and `states` h, both (r, k, n, d), for one chunk; return its last state."""
+    # exp2 of a pre-scaled exponent: exp itself goes through a library call that is several times slower
+    torch.mul(delta.unsqueeze(2), log2_decay, out=gains).exp2_()
+    torch.mul(drive.unsqueeze(2), B.unsqueeze(3), out=states)
+    previous = start
+    for gain, state in zip(gains.unbind(1), states.unbind(1), strict=True):
+        previous = state.addcmul_(gain, previous)
+    return previous
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """The scan with states laid out (r, k, n, d): rows, tokens of a chunk, state index, channel."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        b, length, d = u.shape
+        n = A.shape[1]
+        log2_decay = (A.t() * math.log2(math.e)).contiguous()  # (n, d)
+        drive = delta * u
+        tile = _rows_per_tile(u, n)
+        starts = u.new_zeros(b, math.ceil(length / CHUNK), n, d)  # state before each chunk
+        gains_buffer, states_buffer = u.new_empty(2, tile, CHUNK, n, d)
+        y = D * u
+        for first in range(0, b, tile):
+            rows = slice(first, min(first + tile, b))
+            for chunk, t in enumerate(range(0, length, CHUNK)):
+                at = (rows, slice(t, min(t + CHUNK, length)))
+                r, k, _ = u[at].shape
+                gains, states = gains_buffer[:r, :k], states_buffer[:r, :k]
+                last = _advance(starts[rows, chunk], delta[at], drive[at], B[at], log2_decay, gains, states)
+                if chunk + 1 < starts.shape[1]:
+                    starts[rows, chunk + 1] = last
+                y[at] += torch.matmul(C[at].unsqueeze(2), states).squeeze(2)  # (r, k, 1, n) @ (r, k, n, d)
+        ctx.save_for_backward(u, delta, A, B, C, D, starts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
+        u, delta, A, B, C, D, starts = ctx.saved_tensors
+        b, length, d = u.shape
+        n = A.shape[1]
+        decay = A.t().contiguous()  # (n, d)
+        log2_decay = decay * math.log2(math.e)
+        drive = delta * u
+        grad_y = grad_y.contiguous()
+        grad_drive, grad_delta = torch.empty_like(u), torch.empty_like(u)
+        grad_decay = torch.zeros_like(decay)
+        grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
+        tile = _rows_per_tile(u, n)
+        gains_buffer, states_buffer, grads_buffer = u.new_empty(3, tile, CHUNK, n, d)
+        for first in range(0, b, tile):
+            rows = slice(first, min(first + tile, b))
+            carry = u.new_zeros(rows.stop - first, n, d)  # dL/dh of the chunk's last token, from later tokens
+            for chunk in reversed(range(starts.shape[1])):
+                at = (rows, slice(chunk * CHUNK, min((chunk + 1) * CHUNK, length)))
+                r, k, _ = u[at].shape
+                gains, states, grads = gains_buffer[:r, :k], states_buffer[:r, :k], grads_buffer[:r, :k]
+                start = starts[rows, chunk]
+                _advance(start, delta[at], drive[at], B[at], log2_decay, gains, states)
+                torch.mul(grad_y[at].unsqueeze(2), C[at].unsqueeze(3), out=grads)
+                carry = _retreat(carry, gains, grads)
+                grad_C[at] = torch.matmul(grad_y[at].unsqueeze(2), states.transpose(2, 3)).squeeze(2)
+                grad_B[at] = torch.matmul(drive[at].unsqueeze(2), grads.transpose(2, 3)).squeeze(2)
+                grad_drive[at] = torch.matmul(B[at].unsqueeze(2), grads).squeeze(2)
+                # d h[t] / d (delta[t] A) = gain[t] h[t-1]
+                grad_exponent = gains.mul_(grads)
+                grad_exponent[:, 0] *= start
+                grad_exponent[:, 1:] *= states[:, :-1]
+                torch.sum(torch.mul(grad_exponent, decay, out=states), dim=2, out=grad_delta[at])
+                grad_decay += torch.mul(grad_exponent, delta[at].unsqueeze(2), out=states).sum((0, 1))
+        grad_delta += grad_drive * u
+        grad_u = (grad_drive * delta).addcmul_(D, grad_y)
+        return grad_u, grad_delta, grad_decay.t(), grad_B, grad_C, (grad_y * u).sum((0, 1))
+
+
+def _retreat(carry: Tensor, gains: Tensor, grads: Tensor) -> Tensor:
+    """Turn `grads` C[t] dL/dy[t] into dL/dh[t] in place, last token first; return what the chunk before gets."""
+    gain, grad = gains.unbind(1), grads.unbind(1)
+    grad[-1].add_(carry)
+    for t in reversed(range(len(grad) - 1)):
+        grad[t].addcmul_(gain[t + 1], grad[t + 1])
+    return gain[0] * grad[0]

@@ -90,18 +90,14 @@ def open_bold(path: str | Path, tr: float | None = None, space: str | None = Non
     path = Path(path)
     image = _load_nifti(path)
     if len(image.shape) != 4:
-        raise InputError(
-            f"{path} has shape {image.shape}, but BOLD must be 4D (x, y, z, time); give the 4D run"
-        )
+        raise InputError(f"{path} has shape {image.shape}, but BOLD must be 4D (x, y, z, time); give the 4D run")
     if image.get_data_dtype().kind not in "iuf":
         raise InputError(
             f"{path} holds {image.get_data_dtype()} values, but BOLD must be real numbers; convert it first"
         )
     affine = _affine_of(image, path, assume=space is not None)
     seconds, tr_source = _tr_of(image, path, tr)
-    return Bold(
-        path, image, affine, nib.aff2axcodes(affine), seconds, tr_source, space=_space_of(image, path, space)
-    )
+    return Bold(path, image, affine, nib.aff2axcodes(affine), seconds, tr_source, space=_space_of(image, path, space))
 
 
 def _load_nifti(path: Path) -> Any:
@@ -111,9 +107,7 @@ def _load_nifti(path: Path) -> Any:
         # keep_file_open: reading a gzip file onward must not decompress it from the start for every chunk
         image: Any = nib.load(path, keep_file_open=True)
     except _READ_ERRORS as error:
-        raise InputError(
-            f"{path} cannot be read as NIfTI ({_one_line(error)}); copy or convert it again"
-        ) from error
+        raise InputError(f"{path} cannot be read as NIfTI ({_one_line(error)}); copy or convert it again") from error
     if not isinstance(image, nib.Nifti1Pair):
         raise InputError(f"{path} is {type(image).__name__}, not NIfTI; convert it to .nii.gz first")
     return image
@@ -134,9 +128,7 @@ def _affine_of(image: Any, path: Path, assume: bool) -> NDArray[np.float64]:
         logger.warning("%s has neither an sform nor a qform; its centre is taken as the world origin", path)
     affine = np.asarray(image.affine, np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise InputError(
-            f"{path} has an affine that cannot be inverted ({affine[:3].tolist()}); repair its header"
-        )
+        raise InputError(f"{path} has an affine that cannot be inverted ({affine[:3].tolist()}); repair its header")
     return affine
 
 
@@ -155,8 +147,7 @@ def _space_of(image: Any, path: Path, given: str | None) -> str:
         return "MNI152"
     found = f"its name says space-{named}" if named else f"no space-MNI in its name, affine code {code}"
     raise InputError(
-        f"{path} is not known to be in MNI space ({found}); "
-        "give the MNI-space file, or --space MNI if it is one"
+        f"{path} is not known to be in MNI space ({found}); give the MNI-space file, or --space MNI if it is one"
     )
 
 
@@ -196,9 +187,7 @@ def _sidecar_tr(sidecar: Path) -> Any:
     try:
         return json.loads(sidecar.read_text(encoding="utf-8")).get("RepetitionTime")
     except (ValueError, AttributeError) as error:
-        raise InputError(
-            f"{sidecar} is not a JSON object ({_one_line(error)}); repair or remove it"
-        ) from error
+        raise InputError(f"{sidecar} is not a JSON object ({_one_line(error)}); repair or remove it") from error
 
 
 def frame_chunks(bold: Bold) -> Iterator[tuple[int, NDArray]]:
@@ -258,9 +247,7 @@ def brain_on_grid(bold: Bold, mask: str | Path | None) -> NDArray[np.bool_]:
     brain = grid.nearest(native, affine) & grid.covered(bold.affine, bold.shape)
     if not brain.any():
         what = f"the brain mask {mask}" if mask is not None else "the part of the run that varies over time"
-        raise InputError(
-            f"{bold.path} and {what} do not overlap on the MNI grid; check that both are in MNI space"
-        )
+        raise InputError(f"{bold.path} and {what} do not overlap on the MNI grid; check that both are in MNI space")
     return brain
 
 
@@ -276,9 +263,7 @@ def _load_mask(path: Path) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     if values.ndim != 3:
         raise InputError(f"{path} has shape {values.shape}, but a brain mask must be 3D; give a 3D mask")
     if not (values > 0.5).any():
-        raise InputError(
-            f"the brain mask {path} is empty (no value above 0.5); give a mask that holds the brain"
-        )
+        raise InputError(f"the brain mask {path} is empty (no value above 0.5); give a mask that holds the brain")
     return values > 0.5, affine
 
 
@@ -302,16 +287,12 @@ def sample(bold: Bold, brain: NDArray[np.bool_]) -> NDArray[np.float32]:
         if start == 0:
             nan_background = np.isnan(chunk[..., 0])
             if lost := int((grid.nearest(nan_background, bold.affine) & brain).sum()):
-                raise InputError(
-                    f"{bold.path} is NaN in {lost} grid voxels of its brain mask; give a tighter mask"
-                )
+                raise InputError(f"{bold.path} is NaN in {lost} grid voxels of its brain mask; give a tighter mask")
             operator = grid.linear_operator(bold.affine, bold.shape, np.flatnonzero(brain), ~nan_background)
         if not finite.all() or nan_background.any():
             wrong |= (finite == nan_background[..., None]).any(axis=3) | np.isinf(chunk).any(axis=3)
             chunk = np.where(finite, chunk, 0)
-        columns = np.ascontiguousarray(chunk, np.float32).reshape(
-            -1, chunk.shape[3]
-        )  # (X, Y, Z, F) -> (XYZ, F)
+        columns = np.ascontiguousarray(chunk, np.float32).reshape(-1, chunk.shape[3])  # (X, Y, Z, F) -> (XYZ, F)
         frames[start : start + chunk.shape[3]] = (operator @ columns).T  # (V, F) -> (F, V)
     if wrong.any():
         raise InputError(

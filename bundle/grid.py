@@ -44,9 +44,7 @@ def _canonical(affine: NDArray, shape: tuple[int, ...]) -> _Canonical:
     return _Canonical(affine @ nib.orientations.inv_ornt_aff(orientation, shape), ras_shape, strides, offset)
 
 
-def _positions(
-    ras_affine: NDArray, out_affine: NDArray, out_voxels: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def _positions(ras_affine: NDArray, out_affine: NDArray, out_voxels: NDArray[np.int64]) -> NDArray[np.float64]:
     """Where output voxels (V, 3) lie in fractional RAS voxels of the input (V, 3), snapped to whole ones."""
     positions = nib.affines.apply_affine(np.linalg.inv(ras_affine) @ out_affine, out_voxels)
     whole = np.rint(positions)

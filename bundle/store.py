@@ -45,9 +45,7 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
-def write_run(
-    store: str | Path, record: dict, frames: NDArray[np.float16], voxels: NDArray[np.integer]
-) -> None:
+def write_run(store: str | Path, record: dict, frames: NDArray[np.float16], voxels: NDArray[np.integer]) -> None:
     """Write one run so that a reader sees all of it or nothing, replacing an earlier version.
 
     Args:
@@ -112,14 +110,10 @@ def read_manifest(store: str | Path) -> dict[str, Any]:
     """
     path = Path(store) / "manifest.json"
     if not path.is_file():
-        raise InputError(
-            f"{store} is not a finished store (no manifest.json); run prepare, or check the path"
-        )
+        raise InputError(f"{store} is not a finished store (no manifest.json); run prepare, or check the path")
     manifest = _read_json(path)
     if manifest.get("format") != FORMAT:
-        raise InputError(
-            f"{path} has format {manifest.get('format')!r}, not {FORMAT}; prepare the data again"
-        )
+        raise InputError(f"{path} has format {manifest.get('format')!r}, not {FORMAT}; prepare the data again")
     expected = manifest["parameters_hash"]
     stale = [run["run_id"] for run in manifest["runs"] if run["parameters_hash"] != expected]
     if stale:
@@ -131,9 +125,14 @@ def read_manifest(store: str | Path) -> dict[str, Any]:
 
 
 def read_records(store: str | Path) -> dict[str, dict]:
-    """Read every finished run's run.json, by run id, in sorted order."""
-    paths = sorted((Path(store) / "runs").glob("[!.]*/run.json"))
-    return {path.parent.name: _read_json(path) for path in paths}
+    """Read every run's run.json, by run id, in sorted order; a damaged one is left out with a warning."""
+    records = {}
+    for path in sorted((Path(store) / "runs").glob("[!.]*/run.json")):
+        try:
+            records[path.parent.name] = _read_json(path)
+        except InputError as error:
+            logger.warning("%s", error)
+    return records
 
 
 def read_run(store: str | Path, run_id: str) -> dict:
@@ -142,8 +141,7 @@ def read_run(store: str | Path, run_id: str) -> dict:
     Raises:
         InputError: the store holds no such run.
     """
-    path = _folder(store, run_id) / "run.json"
-    return _read_json(path)
+    return _read_json(_folder(store, run_id) / "run.json")
 
 
 def read_voxels(store: str | Path, run_id: str) -> NDArray[np.int32]:

@@ -85,8 +85,8 @@ class ToGridd(MapTransform):
             item[key] = bold.sample(run, brain)
             item["voxels"] = np.flatnonzero(brain)
             item["record"] = {
-                "source": str(run.path),
-                "mask_source": CONSTANT if mask is None else str(mask),
+                "source": str(run.path.absolute()),
+                "mask_source": CONSTANT if mask is None else str(Path(mask).absolute()),
                 "tr_in": run.tr,
                 "tr_source": run.tr_source,
                 "frames_in": run.frames,

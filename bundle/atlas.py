@@ -241,9 +241,7 @@ def _open(source: Path) -> nib.Nifti1Pair:
     if image.ndim != 3:
         raise InputError(f"the atlas {source} has shape {image.shape}; a label image has 3 axes (X, Y, Z)")
     if image.header["sform_code"] == 0 and image.header["qform_code"] == 0:
-        raise InputError(
-            f"the atlas {source} has neither sform nor qform, so its labels have no place in space"
-        )
+        raise InputError(f"the atlas {source} has neither sform nor qform, so its labels have no place in space")
     return image
 
 
@@ -254,7 +252,5 @@ def _whole_numbers(image: nib.Nifti1Pair, source: Path) -> np.ndarray:
         raise InputError(f"the atlas {source} is damaged: {error}; get it again") from error
     whole = values.dtype.kind in "iuf" and np.all(np.isfinite(values)) and np.all(values == np.round(values))
     if not whole or values.min() < 0 or values.max() > np.iinfo(np.int32).max:
-        raise InputError(
-            f"the atlas {source} has values that are not whole numbers from 0; give a label image"
-        )
+        raise InputError(f"the atlas {source} has values that are not whole numbers from 0; give a label image")
     return values.astype(np.int32)

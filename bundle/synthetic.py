@@ -213,9 +213,7 @@ def plan_cohort(subjects: int, effect: float, seed: int, sites: Sequence[Site]) 
     )
 
 
-def describe(
-    plan: pd.DataFrame, effect: float, seed: int, sites: Sequence[Site], duration_s: float
-) -> dict[str, Any]:
+def describe(plan: pd.DataFrame, effect: float, seed: int, sites: Sequence[Site], duration_s: float) -> dict[str, Any]:
     """Return what ``truth.json`` holds; ``parameters`` alone decide whether two cohorts are the same."""
     case = plan["diagnosis"] == "adhd"
     cases, controls = plan["coupling_z"][case], plan["coupling_z"][~case]
@@ -262,7 +260,7 @@ def is_written(folder: Path, truth: dict[str, Any]) -> bool:
         raise InputError(f"{folder} holds other files; name a new or empty folder for the synthetic cohort.")
     if json.loads(path.read_text()).get("parameters") != truth["parameters"]:
         raise InputError(f"{folder} holds a cohort made with other parameters; name another folder.")
-    missing = [name for name in truth["coupling_z"] if not (folder / name).is_dir()]
+    missing = [name for name in truth["coupling_z"] if not any(folder.glob(f"{name}/func/*_bold.nii.gz"))]
     if missing:
         raise InputError(f"{folder} is not complete, {missing[0]} is missing; delete it and run again.")
     return True
@@ -380,9 +378,7 @@ def group_latents(coupling_z: float, frames: int, tr: float, rng: np.random.Gene
     return latents
 
 
-def label_signals(
-    latents: pd.DataFrame, numbers: np.ndarray, tr: float, rng: np.random.Generator
-) -> np.ndarray:
+def label_signals(latents: pd.DataFrame, numbers: np.ndarray, tr: float, rng: np.random.Generator) -> np.ndarray:
     """Draw the signal of each AAL3 label around the latent of its group.
 
     Args:

@@ -194,12 +194,26 @@ def test_a_large_effect_is_recovered_from_the_images(cohort, atlas):
     assert truth["effect_in_this_sample"] == pytest.approx(cohens_d(np.array(planted), case))
 
 
-def test_without_an_effect_the_diagnosis_changes_no_image(tmp_path, cohort):
-    """The same draws with effect 0: controls have the very same bytes, and so it is the effect alone that differs."""
+def test_effect_changes_the_cases_only(tmp_path, cohort):
+    """The same draws with effect 0: the controls' images have the very same bytes."""
     null = make_cohort(tmp_path / "null", SUBJECTS, 0.0, sites=COARSE)
     for subject, _, diagnosis in subjects_of(null):
         same = bold_of(null, subject).read_bytes() == bold_of(cohort, subject).read_bytes()
         assert same == (diagnosis == "control")
+
+
+def test_without_an_effect_swapped_diagnoses_change_no_image(tmp_path, monkeypatch):
+    def swapped(*arguments) -> pd.DataFrame:
+        plan = plan_cohort(*arguments)
+        return plan.assign(diagnosis=plan["diagnosis"].map({"control": "adhd", "adhd": "control"}))
+
+    arguments = {"subjects": 4, "effect": 0.0, "sites": COARSE[1:2], "duration_s": 40}
+    plain = make_cohort(tmp_path / "plain", **arguments)
+    monkeypatch.setattr(synthetic, "plan_cohort", swapped)
+    other = make_cohort(tmp_path / "other", **arguments)
+    assert (plain / "participants.tsv").read_bytes() != (other / "participants.tsv").read_bytes()
+    for path in plain.rglob("sub-*/func/*"):
+        assert path.read_bytes() == (other / path.relative_to(plain)).read_bytes()
 
 
 @pytest.mark.parametrize("effect", [0.0, 0.8, 3.0])

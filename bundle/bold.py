@@ -316,9 +316,11 @@ def resample_tr(frames: NDArray[np.float32], tr: float, new_tr: float) -> NDArra
         new_tr: the wanted spacing, seconds.
 
     Returns:
-        (T', V) float32 at 0, new_tr, 2 new_tr ... seconds, none after the last input frame; frames that fall
-        on an input frame are copies.
+        (T', V) float32 at 0, new_tr, 2 new_tr ... seconds, none after the last input frame; frames that fall on an
+        input frame are copies. The input itself where the spacing is the same.
     """
+    if tr == new_tr:
+        return frames
     out = np.empty((frames_after(len(frames), tr, new_tr), frames.shape[1]), np.float32)
     for index, row in enumerate(out):
         position = index * new_tr / tr

@@ -4,13 +4,14 @@ import logging
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bundle.checkpoints import Provenance, file_sha256, write_checkpoint
 from bundle.errors import InputError
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.networks.swin_mamba import SwinMambaEncoder
@@ -115,6 +116,30 @@ def load_published(path: str | Path, config: Mapping[str, Any] | None = None, or
         return convert_published(checkpoint, config, orientation)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def convert_file(published: str | Path, checkpoint: str | Path) -> dict[str, Any]:
+    """Convert a published file to a checkpoint that `bundle.checkpoints.load_encoder` takes.
+
+    Its provenance names the published file instead of a preparation and a split: nobody knows here which
+    participants those weights have seen.
+
+    Returns:
+        ``{"network", "arguments", "mapped", "missing", "left_over"}``, fit for JSON.
+
+    Raises:
+        InputError: the file cannot be read, converted or written.
+    """
+    converted = load_published(published)
+    network = converted.network(**converted.arguments)
+    network.load_state_dict(converted.state_dict, strict=True)
+    encoder = network.encoder if isinstance(network, MaskedAutoencoder) else network
+    state = converted.state_dict
+    if encoder is network:
+        state = {f"encoder.{name}": tensor for name, tensor in state.items()}
+    facts = Provenance(published=file_sha256(published), network=encoder.size)
+    write_checkpoint({"network": state, "provenance": facts.state_dict()}, Path(checkpoint))
+    return {"network": converted.network.__name__, "arguments": converted.arguments} | asdict(converted.report)
 
 
 def convert_published(

@@ -29,6 +29,19 @@ class PatchExpanding(nn.Module):
         return self.norm(tokens.reshape(b, 2 * x, 2 * y, 2 * z, t, c // 2))
 
 
+class DecoderStage(nn.Module):
+    """Expand patches to the given channels, then run the blocks."""
+
+    def __init__(self, channels: int, stack: BlockStack) -> None:
+        super().__init__()
+        self.expand = PatchExpanding(2 * channels)
+        self.stack = stack
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (b, x, y, z, t, 2c) to (b, 2x, 2y, 2z, t, c)."""
+        return self.stack(self.expand(tokens))
+
+
 class Decoder(nn.Module):
     """Mirror of the encoder without position embeddings: expand patches, then window blocks, per stage."""
 
@@ -45,14 +58,14 @@ class Decoder(nn.Module):
         for i in reversed(range(len(depths) - 1)):
             channels = embed_dim * 2**i
             stack = BlockStack(channels, depths[i], window_size, checkpointing=checkpointing)
-            self.stages.append(nn.ModuleDict({"expand": PatchExpanding(2 * channels), "stack": stack}))
+            self.stages.append(DecoderStage(channels, stack))
         self.norm = nn.LayerNorm(embed_dim)
         self.predict = nn.Linear(embed_dim, patch_size**3)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map features (b, x, y, z, t, c) to patches (b, 8x, 8y, 8z, t, voxels) with four stages."""
         for stage in self.stages:
-            tokens = stage["stack"](stage["expand"](tokens))
+            tokens = stage(tokens)
         return self.predict(self.norm(tokens))
 
 

@@ -189,6 +189,17 @@ class SwinMambaEncoder(nn.Module):
         super().__init__()
         stages = len(depths)
         _check_arguments(image_size, patch_size * 2 ** (stages - 1), window_size, first_window_size, orientation)
+        self.size = {  # what two networks must share to exchange weights and mean the same by them; fit for JSON
+            "image_size": list(image_size),
+            "frames": frames,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "depths": list(depths),
+            "window_size": list(window_size),
+            "first_window_size": list(first_window_size),
+            "full_last_stage": full_last_stage,
+            "orientation": orientation,
+        }
         self.image_size = tuple(image_size)
         self.frames = frames
         self.patch_size = patch_size

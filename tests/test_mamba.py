@@ -1,0 +1,121 @@
+"""The Mamba layer: order of tokens, initial values, and which selective scan runs.
+
+The numbers themselves are compared with the published ones in test_parity.py. Not covered: the real fused
+kernel, which needs CUDA; a stand-in with its axes and name is used.
+"""
+
+import logging
+import sys
+import types
+
+import pytest
+import torch
+from torch.nn import functional
+
+from bundle.networks import mamba
+from bundle.networks.mamba import Mamba, scan_for
+from bundle.networks.scan import selective_scan, selective_scan_loop
+
+FUSED = "mamba_ssm.ops.selective_scan_interface"
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice():
+    """Forget which scan was chosen, so that every test sees the choice being made."""
+    scan_for.cache_clear()
+    yield
+    scan_for.cache_clear()
+
+
+def test_a_token_sees_itself_and_those_before_it():
+    torch.manual_seed(0)
+    layer = Mamba(8).double()
+    tokens = torch.randn(1, 20, 8, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(layer, tokens)[0, :, :, 0]  # (l out, c, l in, c)
+    influence = jacobian.abs().sum((1, 3))
+    assert torch.equal(influence != 0, torch.ones(20, 20).tril().bool())
+
+
+def test_sequences_do_not_mix():
+    layer = Mamba(8)
+    tokens = torch.randn(3, 10, 8)
+    torch.testing.assert_close(layer(tokens)[1:2], layer(tokens[1:2]))
+
+
+def test_one_token_in_closed_form():
+    """With one token there is no state to carry: y = (delta (B . C) + D) u, gated."""
+    torch.manual_seed(0)
+    layer = Mamba(32)
+    token = torch.randn(4, 1, 32)
+    x, gate = (token @ layer.expand.weight.T).split(64, dim=-1)
+    u = functional.silu(x * layer.conv.weight[:, 0, -1] + layer.conv.bias)
+    step, b, c = (u @ layer.select.weight.T).split([2, 16, 16], dim=-1)
+    delta = torch.log1p(torch.exp(step @ layer.step.weight.T + layer.step.bias))
+    y = (delta * (b * c).sum(-1, keepdim=True) + layer.skip) * u
+    torch.testing.assert_close(layer(token), (y * gate * torch.sigmoid(gate)) @ layer.contract.weight.T)
+
+
+def test_initial_values_are_those_of_mamba_ssm():
+    layer = Mamba(64)
+    steps = functional.softplus(layer.step.bias)
+    assert 1e-3 * 0.999 <= steps.min() < 5e-3 < 3e-2 < steps.max() <= 1e-1 * 1.001
+    torch.testing.assert_close(layer.log_decay.exp(), torch.arange(1.0, 17).expand(128, 16))
+    assert torch.equal(layer.skip, torch.ones(128))
+    assert layer.step.in_features == 4  # 64 / 16
+    assert layer.step.weight.abs().max() <= 0.5  # 4 ** -0.5
+
+
+def test_the_plain_scan_is_announced_once(caplog):
+    layer = Mamba(4)
+    with caplog.at_level(logging.INFO, logger=mamba.__name__):
+        layer(torch.randn(1, 3, 4))
+        layer(torch.randn(1, 3, 4))
+    assert [record.message for record in caplog.records] == ["selective scan: plain PyTorch on cpu"]
+
+
+def test_the_cpu_never_tries_the_fused_kernel(monkeypatch):
+    monkeypatch.setitem(sys.modules, FUSED, types.ModuleType(FUSED))  # importing from it would fail
+    assert scan_for("cpu") is selective_scan
+
+
+def test_the_fused_kernel_is_used_on_cuda_and_agrees(monkeypatch, caplog):
+    """The stand-in has the signature and axes of mamba-ssm: u, delta (b, d, l), B, C (b, n, l)."""
+
+    def selective_scan_fn(u, delta, a, b, c, d):
+        assert all(tensor.is_contiguous() for tensor in (u, delta, b, c))
+        u, delta, b, c = (tensor.transpose(1, 2) for tensor in (u, delta, b, c))
+        return selective_scan_loop(u, delta, a, b, c, d).transpose(1, 2)
+
+    for name in ("mamba_ssm", "mamba_ssm.ops", FUSED):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules[FUSED].selective_scan_fn = selective_scan_fn
+    shapes = [(2, 7, 6), (2, 7, 6), (6, 3), (2, 7, 3), (2, 7, 3), (6,)]
+    tensors = [torch.rand(shape) for shape in shapes]
+    with caplog.at_level(logging.INFO, logger=mamba.__name__):
+        fused = scan_for("cuda")
+    assert fused is not selective_scan
+    assert caplog.messages == ["selective scan: fused kernel of mamba-ssm on cuda"]
+    torch.testing.assert_close(fused(*tensors), selective_scan(*tensors))
+
+
+def test_a_kernel_built_for_another_pytorch_is_reported_with_its_reason(monkeypatch, caplog):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name.startswith("mamba_ssm"):
+                raise ImportError("selective_scan_cuda.so: undefined symbol: _ZN3c10")
+
+    for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert scan_for("cuda") is selective_scan
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "undefined symbol: _ZN3c10" in record.message
+
+
+def test_a_missing_package_is_said(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)  # as if not installed
+    with caplog.at_level(logging.INFO, logger=mamba.__name__):
+        assert scan_for("cuda") is selective_scan
+    [message] = caplog.messages
+    assert message.startswith("selective scan: plain PyTorch on cuda, as mamba_ssm")

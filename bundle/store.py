@@ -146,7 +146,7 @@ def read_run(store: str | Path, run_id: str) -> dict:
 
 def read_voxels(store: str | Path, run_id: str) -> NDArray[np.int32]:
     """Read where a run's brain voxels lie: (V,) flat C-order indices into `grid.SHAPE`."""
-    return np.load(_folder(store, run_id) / "voxels.npy")
+    return np.array(_open_array(_folder(store, run_id), "voxels.npy"))
 
 
 def read_clip(store: str | Path, run_id: str, start: int, frames: int) -> NDArray[np.float16]:
@@ -164,7 +164,7 @@ def read_clip(store: str | Path, run_id: str, start: int, frames: int) -> NDArra
     Raises:
         InputError: no such run, or the run has no such frames.
     """
-    rows = _open_frames(_folder(store, run_id))
+    rows = _open_array(_folder(store, run_id), "frames.npy")
     if not 0 <= start <= len(rows) - frames:
         raise InputError(
             f"run {run_id} in {store} has {len(rows)} frames, so no clip of {frames} begins at frame {start}"
@@ -174,16 +174,16 @@ def read_clip(store: str | Path, run_id: str, start: int, frames: int) -> NDArra
 
 def count_frames(store: str | Path, run_id: str) -> int:
     """The number of frames of a stored run."""
-    return len(_open_frames(_folder(store, run_id)))
+    return len(_open_array(_folder(store, run_id), "frames.npy"))
 
 
 def is_intact(store: str | Path, record: dict) -> bool:
     """Whether a run's arrays are there in full and have the shapes that its record says."""
     folder = Path(store) / "runs" / record["run_id"]
     try:
-        frames, voxels = _open_frames(folder), np.load(folder / "voxels.npy", mmap_mode="r")
-    except (OSError, ValueError) as error:
-        logger.warning("the stored run %s is damaged and will be prepared again: %s", folder, error)
+        frames, voxels = _open_array(folder, "frames.npy"), _open_array(folder, "voxels.npy")
+    except InputError as error:
+        logger.warning("%s", error)
         return False
     return frames.shape == (record["frames"], record["voxels"]) and voxels.shape == (record["voxels"],)
 
@@ -204,8 +204,12 @@ def _folder(store: str | Path, run_id: str) -> Path:
     return folder
 
 
-def _open_frames(folder: Path) -> NDArray[np.float16]:
-    return np.load(folder / "frames.npy", mmap_mode="r")
+def _open_array(folder: Path, name: str) -> NDArray:
+    """Map an array of a run into memory, read-only; its values are read when they are used."""
+    try:
+        return np.load(folder / name, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{folder / name} is damaged or missing ({error}); prepare that run again") from error
 
 
 def _save_rows(path: Path, frames: NDArray[np.float16]) -> None:

@@ -39,7 +39,7 @@ def save_bold(
     """Write a NIfTI file whose header says exactly what is asked for."""
     image: Any = nib.Nifti1Image(data, affine)
     if data.ndim == 4:
-        image.header.set_zooms((*image.header.get_zooms()[:3], tr))
+        image.header["pixdim"][4] = tr
     image.header.set_xyzt_units("mm", unit)
     image.set_sform(affine if sform else None, sform)
     image.set_qform(affine if qform else None, qform)

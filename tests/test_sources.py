@@ -1,0 +1,163 @@
+"""Lists of runs: BIDS layouts, tables, labels and what is refused.
+
+Pitfall 2. Not covered here: opening the files (test_bold.py).
+"""
+
+from pathlib import Path
+
+import pytest
+
+from bundle.errors import InputError
+from bundle.sources import from_bids, from_table
+
+NAME = "_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold.nii.gz"
+PARTICIPANTS = "participant_id\tsite\tdiagnosis\tage\nsub-01\tA\tADHD\t9.5\nsub-02\tB\tcontrol\tn/a\n"
+
+
+def touch(path: Path, content: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+@pytest.fixture
+def bids(tmp_path):
+    root = tmp_path / "fmriprep"
+    touch(root / "participants.tsv", PARTICIPANTS)
+    touch(root / f"sub-01/func/sub-01_task-rest_run-1{NAME}")
+    touch(root / f"sub-01/func/sub-01_task-rest_run-1{NAME.replace('preproc_bold', 'brain_mask')}")
+    touch(root / f"sub-02/ses-a/func/sub-02_ses-a_task-rest{NAME}")
+    touch(root / "sub-02/ses-a/func/sub-02_ses-a_task-rest_space-T1w_desc-preproc_bold.nii.gz")
+    touch(root / "sub-02/ses-a/anat/sub-02_ses-a_space-MNI152NLin2009cAsym_desc-preproc_T1w.nii.gz")
+    return root
+
+
+def test_bids_runs_with_and_without_sessions(bids):
+    first, second = from_bids(bids)
+    assert first == {
+        "run_id": "sub-01_task-rest_run-1",
+        "participant_id": "sub-01",
+        "bold": bids / f"sub-01/func/sub-01_task-rest_run-1{NAME}",
+        "mask": bids / f"sub-01/func/sub-01_task-rest_run-1{NAME.replace('preproc_bold', 'brain_mask')}",
+        "tr": None,
+        "space": None,
+        "site": "A",
+        "diagnosis": 1,
+        "participant": {"age": 9.5},
+    }
+    assert second["run_id"] == "sub-02_ses-a_task-rest"
+    assert (second["mask"], second["diagnosis"], second["participant"]) == (None, 0, {"age": None})
+
+
+def test_entities_count_by_key_not_by_place(bids):
+    touch(bids / "sub-02/func/run-7_sub-02_space-MNI152_desc-preproc_acq-x_bold.nii.gz")
+    assert "run-7_sub-02_acq-x" in [run["run_id"] for run in from_bids(bids)]
+
+
+def test_participants_may_lie_above_the_derivatives(bids):
+    (bids / "participants.tsv").rename(bids.parent / "participants.tsv")
+    assert len(from_bids(bids)) == 2
+    elsewhere = (bids.parent / "participants.tsv").rename(bids / "labels.tsv")
+    with pytest.raises(InputError, match=r"no participants\.tsv"):
+        from_bids(bids)
+    assert len(from_bids(bids, participants=elsewhere)) == 2
+    assert [run["diagnosis"] for run in from_bids(bids, labels="optional")] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ("participant_id\tsite\tdiagnosis\n01\tA\t1\n", "sub-02 has no row"),
+        ("participant_id\tsite\tdiagnosis\nsub-01\tA\t1\nsub-02\tA\tn/a\n", "sub-02 has no diagnosis"),
+        ("participant_id\tsite\tdiagnosis\nsub-01\tA\t1\nsub-02\t\t0\n", "sub-02 has no site"),
+    ],
+)
+def test_unlabelled_participants_are_a_problem_unless_labels_are_optional(bids, table, reason):
+    touch(bids / "participants.tsv", table)
+    good, bad = from_bids(bids)
+    assert "problem" not in good
+    assert bad["problem"].startswith(reason)
+    assert all("problem" not in run for run in from_bids(bids, labels="optional"))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("participant_id\tsite\n01\tA\n", "no column diagnosis"),
+        ("participant_id\tdiagnosis\n01\t0\n", "no column site"),
+        ("participant_id\tsite\tdiagnosis\nsub-01\tA\t1\n01\tA\t1\n", "more than one row for 01"),
+        ("participant_id\tsite\tdiagnosis\n01\tA\t3\n02\tA\tpending\n", "diagnosis 3, pending"),
+        ("participant_id\tsite\tdiagnosis\n", "no rows"),
+        ("", "cannot be read as a table"),
+    ],
+)
+def test_bad_participants_tables_are_refused(bids, table, message):
+    touch(bids / "participants.tsv", table)
+    with pytest.raises(InputError, match=message):
+        from_bids(bids)
+
+
+def test_nothing_found_is_an_error(tmp_path, bids):
+    with pytest.raises(InputError, match="not a folder"):
+        from_bids(tmp_path / "absent")
+    touch(tmp_path / "raw/sub-01/func/sub-01_task-rest_bold.nii.gz")
+    with pytest.raises(InputError, match=r"holds no .*space-MNI"):
+        from_bids(tmp_path / "raw")
+
+
+def test_one_run_in_two_spaces_is_refused(bids):
+    touch(bids / "sub-02/ses-a/func/sub-02_ses-a_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
+    with pytest.raises(InputError, match="which are one run"):
+        from_bids(bids)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("0", 0), ("1", 1), ("1.0", 1), ("Control", 0), ("TDC", 0), ("adhd", 1), ("ADHD-Combined", 1), (" ADHD ", 1)],
+)
+def test_diagnoses(tmp_path, word, expected):
+    table = touch(tmp_path / "runs.csv", f"participant_id,bold,site,diagnosis\n007,a.nii.gz,A,{word}\n")
+    (run,) = from_table(table)
+    assert run["diagnosis"] == expected
+    assert run["participant_id"] == "007"  # not the number 7
+
+
+def test_table_paths_are_relative_to_the_table(tmp_path):
+    table = touch(
+        tmp_path / "data/runs.tsv",
+        "participant_id\tbold\tmask\ttr\tsite\tdiagnosis\tsex\n"
+        "1\t1/rest.nii.gz\t1/mask.nii.gz\t2.0\tA\t0\tF\n"
+        "2\t2/rest.nii.gz\t\t\tA\t1\tM\n"
+        f"3\t/abs/sub-3_task-rest{NAME}\t\t\tA\t1\tM\n",
+    )
+    runs = from_table(table)
+    folder = tmp_path / "data"
+    assert [run["run_id"] for run in runs] == ["1_rest", "2_rest", "sub-3_task-rest"]  # two files, one name
+    assert [run["bold"] for run in runs[:2]] == [folder / "1/rest.nii.gz", folder / "2/rest.nii.gz"]
+    assert runs[2]["bold"] == Path(f"/abs/sub-3_task-rest{NAME}")
+    assert [run["mask"] for run in runs] == [folder / "1/mask.nii.gz", None, None]
+    assert [run["tr"] for run in runs] == [2.0, None, None]
+    assert runs[0]["participant"] == {"sex": "F"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("participant_id,site,diagnosis\n1,A,0\n", "no column bold"),
+        ("participant_id,bold,site,diagnosis\n,a.nii,A,0\n", "no participant_id in line 2"),
+        ("participant_id,bold,site,diagnosis\n1,a.nii,A,0\n1,b.nii,A,1\n", "1 more than one site or diagnosis"),
+        ("participant_id,bold,site,diagnosis\n1,x/a.nii,A,0\n1,y/a.nii,A,0\n", "run id 1_a"),
+        ("participant_id,bold,site,diagnosis,tr\n1,a.nii,A,0,2s\n", "TR '2s' in line 2"),
+        ("participant_id,bold,site,diagnosis\n1,a.nii,A,maybe\n", "diagnosis maybe"),
+    ],
+)
+def test_bad_tables_are_refused(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        from_table(touch(tmp_path / "runs.csv", content))
+
+
+def test_tables_that_are_no_tables_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"\.csv or \.tsv"):
+        from_table(touch(tmp_path / "runs.xlsx"))
+    with pytest.raises(InputError, match="cannot be read"):
+        from_table(tmp_path / "absent.csv")

@@ -45,19 +45,20 @@ def _canonical(affine: NDArray, shape: tuple[int, ...]) -> _Canonical:
 
 
 def _positions(ras_affine: NDArray, out_affine: NDArray, out_voxels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Where output voxels (V, 3) lie in fractional RAS voxels of the input (V, 3), snapped to whole ones."""
-    positions = nib.affines.apply_affine(np.linalg.inv(ras_affine) @ out_affine, out_voxels)
+    """Where output voxels (3, V) lie in fractional RAS voxels of the input (3, V), snapped to whole ones."""
+    linear, shift = nib.affines.to_matvec(np.linalg.inv(ras_affine) @ out_affine)
+    positions = linear @ out_voxels.astype(np.float64) + shift[:, None]
     whole = np.rint(positions)
     return np.where(np.abs(positions - whole) < SNAP, whole, positions)
 
 
 def _inside(positions: NDArray[np.float64], shape: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which positions (V, 3) lie within the outer faces of the edge voxels: (V,)."""
-    return np.all((positions >= -0.5 - SNAP) & (positions <= shape - 0.5 + SNAP), axis=1)
+    """Which positions (3, V) lie within the outer faces of the edge voxels: (V,)."""
+    return np.all((positions >= -0.5 - SNAP) & (positions <= shape[:, None] - 0.5 + SNAP), axis=0)
 
 
 def _all_voxels(shape: tuple[int, ...]) -> NDArray[np.int64]:
-    return np.indices(shape).reshape(3, -1).T
+    return np.indices(shape).reshape(3, -1)
 
 
 def covered(affine: NDArray, shape: tuple[int, ...]) -> NDArray[np.bool_]:
@@ -93,26 +94,27 @@ def linear_operator(
         A float32 matrix (V, prod(shape)) whose columns are the stored voxels in C order; each row sums to 1.
     """
     source = _canonical(affine, shape)
-    points = np.stack(np.unravel_index(np.asarray(voxels), SHAPE), axis=1)  # (V, 3)
+    points = np.stack(np.unravel_index(np.asarray(voxels), SHAPE))  # (3, V)
     positions = _positions(source.affine, AFFINE, points)
     assert _inside(positions, source.shape).all(), "a grid voxel outside the field of view"
-    positions = np.clip(positions, 0, source.shape - 1)
+    last = source.shape[:, None] - 1
+    positions = np.clip(positions, 0, last)
     low = np.floor(positions).astype(np.int64)
-    high = np.minimum(low + 1, source.shape - 1)
+    high = np.minimum(low + 1, last)
     above = positions - low  # share of the upper corner along each axis
 
-    indices = np.empty((len(points), 8), np.int32)
-    weights = np.empty((len(points), 8), np.float64)
+    indices = np.empty((len(voxels), 8), np.int32)
+    weights = np.empty((len(voxels), 8), np.float64)
     for corner in range(8):
-        upper = np.array([corner >> axis & 1 for axis in range(3)], bool)
-        indices[:, corner] = source.offset + np.where(upper, high, low) @ source.strides
-        weights[:, corner] = np.where(upper, above, 1 - above).prod(axis=1)
+        upper = np.array([[corner >> axis & 1] for axis in range(3)], bool)
+        indices[:, corner] = source.offset + source.strides @ np.where(upper, high, low)
+        weights[:, corner] = np.where(upper, above, 1 - above).prod(axis=0)
     if usable is not None:
         weights *= usable.ravel()[indices]
         weights /= weights.sum(axis=1, keepdims=True)
-    rows = np.arange(len(points) + 1, dtype=np.int64) * 8
+    rows = np.arange(len(voxels) + 1, dtype=np.int64) * 8
     operator = csr_array(
-        (weights.astype(np.float32).ravel(), indices.ravel(), rows), shape=(len(points), int(np.prod(shape)))
+        (weights.astype(np.float32).ravel(), indices.ravel(), rows), shape=(len(voxels), int(np.prod(shape)))
     )
     operator.eliminate_zeros()
     return operator
@@ -138,9 +140,10 @@ def nearest(
     source = _canonical(np.asarray(affine, np.float64), labels.shape)
     positions = _positions(source.affine, np.asarray(out_affine, np.float64), _all_voxels(out_shape))
     inside = _inside(positions, source.shape)
-    closest = np.clip(np.floor(positions[inside] + 0.5 + SNAP).astype(np.int64), 0, source.shape - 1)
-    out = np.zeros(len(positions), labels.dtype)
-    out[inside] = labels.ravel()[source.offset + closest @ source.strides]
+    rounded = np.floor(positions[:, inside] + 0.5 + SNAP).astype(np.int64)
+    closest = np.clip(rounded, 0, source.shape[:, None] - 1)
+    out = np.zeros(len(inside), labels.dtype)
+    out[inside] = labels.ravel()[source.offset + source.strides @ closest]
     return out.reshape(out_shape)
 
 

@@ -5,7 +5,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -109,7 +109,7 @@ def prepare(
         "updated": n, "current": n, "failed": n}; the caller decides what a failure means.
 
     Raises:
-        InputError: there are no runs.
+        InputError: there are no runs, or a worker process was killed.
         StoreWriteError: the store cannot be written; nothing half-written is left, and running again goes on.
     """
     if not runs:
@@ -146,11 +146,34 @@ def prepare(
     return {"rows": rows} | counts
 
 
+def refuse_failures(folder: str | Path) -> None:
+    """Turn the failures that a store's summary.tsv lists into an error, so that the exit status tells of them.
+
+    Raises:
+        InputError: at least one run failed; names how many, the first and its reason.
+    """
+    path = Path(folder) / "summary.tsv"
+    rows = pd.read_csv(path, sep="\t", keep_default_na=False)
+    failed = rows[rows["status"] == "failed"]
+    if len(failed):
+        first = failed.iloc[0]
+        raise InputError(
+            f"{len(failed)} of {len(rows)} runs failed and the others are done; the first is {first['run_id']}: "
+            f"{first['reason']} (all are in {path})"
+        )
+
+
 def _each(
     function: Callable[[_Task], _Result], tasks: Sequence[_Task], executor: Executor | None, what: str
 ) -> list[_Result]:
-    results: Iterable[_Result] = executor.map(function, tasks) if executor else map(function, tasks)
-    return list(tqdm(results, total=len(tasks), desc=what, unit="run"))
+    try:
+        results: Iterable[_Result] = executor.map(function, tasks) if executor else map(function, tasks)
+        return list(tqdm(results, total=len(tasks), desc=what, unit="run"))
+    except BrokenExecutor as error:
+        raise InputError(
+            "a worker process ended abruptly, most likely out of memory; run again with fewer workers, "
+            "finished runs are kept"
+        ) from error
 
 
 def _identify(preparation: Preparation, run: Run) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_a_linear_function_of_the_world_comes_out_exactly(axcodes):
     np.testing.assert_allclose(got, 2 * x - 3 * y + 0.5 * z + 7, atol=1e-3)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(affine=affines(), seed=st.integers(0, 2**16))
 def test_interpolation_agrees_with_scipy_and_nilearn(affine, seed):
     data = np.random.default_rng(seed).normal(size=SMALL).astype(np.float32)
@@ -104,7 +104,7 @@ def test_interpolation_agrees_with_scipy_and_nilearn(affine, seed):
     np.testing.assert_allclose(got[inside], nilearn[inside], atol=2e-3)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(affine=affines(), seed=st.integers(0, 2**16))
 def test_nearest_agrees_with_scipy_away_from_ties(affine, seed):
     labels = np.random.default_rng(seed).integers(1, 100, SMALL).astype(np.int32)

@@ -259,9 +259,9 @@ def _layout(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
     """Bring one published tensor into our channels-last layout of the given shape."""
     ours = tensor
     if name.startswith("pos_embeds.") and tensor.ndim == 6:
-        ours = tensor[0].movedim(0, -1)  # (1, c, x, y, z, t) -> (x, y, z, t, c); one of place and time is 1
+        ours = tensor[0].movedim(0, -1)  # place (1, c, x, y, z, 1) -> (x, y, z, 1, c)
         if name.endswith(".time_embed"):
-            ours = ours.flatten(0, 2)[0] if ours.shape[:3] == (1, 1, 1) else ours
+            ours = ours.squeeze((0, 1, 2))  # (1, c, 1, 1, 1, t) -> (1, 1, 1, t, c) -> (t, c)
     elif name == "window_mask_token" and tensor.numel() == shape.numel():
         ours = tensor.reshape(shape)  # (volume, c) -> (x, y, z, t, c)
     if ours.shape != shape:

@@ -9,6 +9,9 @@ code):
 Storing every h[t] needs N times the memory of the input, and working in log space with cumulative sums
 overflows. So the tokens are walked in order, `CHUNK` at a time, for a tile of sequences whose states fit into
 the cache. Only the state at the start of each chunk is kept; the backward pass recomputes the rest.
+
+The scan makes many short parallel calls. On a CPU that other processes use as well, the idle OpenMP threads
+waiting between them make it up to ten times slower; set OMP_WAIT_POLICY=passive, or use one thread per process.
 """
 
 # ruff: noqa: N803, N806 - A, B, C and D are the names of the paper

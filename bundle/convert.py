@@ -104,12 +104,15 @@ def load_published(path: str | Path, config: Mapping[str, Any] | None = None, or
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} is not a readable checkpoint of tensors and plain values ({reason}); download it again, or "
-            "save only its state_dict with torch.save and give the settings as config."
+            f"{path} is no checkpoint, or holds Python objects, which are not loaded for safety; save only its "
+            "state_dict with torch.save and give the settings as config."
         ) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); check the path.") from error
+    except (RuntimeError, EOFError) as error:
+        raise InputError(f"{path} is damaged or not a PyTorch checkpoint; download it again.") from error
     if not isinstance(checkpoint, Mapping):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; choose another file.")
     try:

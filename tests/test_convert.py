@@ -119,14 +119,26 @@ class Unsafe:
     """An object that only an unsafe load would build."""
 
 
-@pytest.mark.parametrize("content", ["missing", "garbage", "unsafe", "list"])
-def test_unreadable_files_are_refused_by_name(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("missing", "No such file"),
+        ("garbage", "no checkpoint"),
+        ("truncated", "damaged"),
+        ("empty", "damaged"),
+        ("unsafe", "Python objects"),
+        ("list", "holds a list"),
+    ],
+)
+def test_unreadable_files_are_refused_by_name(tmp_path, content, words):
     path = tmp_path / "published.ckpt"
-    if content == "garbage":
-        path.write_bytes(b"not a checkpoint")
+    if content in {"garbage", "empty"}:
+        path.write_bytes(b"not a checkpoint" if content == "garbage" else b"")
     elif content != "missing":
         torch.save({"state_dict": {}, "callbacks": Unsafe()} if content == "unsafe" else [1], path)
-    with pytest.raises(InputError, match=r"published\.ckpt"):
+    if content == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=rf"published\.ckpt.*{words}"):
         load_published(path)
 
 

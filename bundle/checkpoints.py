@@ -77,6 +77,7 @@ class KeepCheckpoints:
         provenance: saved with them, and compared before anything is resumed.
         metric: returns the epoch's validation metric.
         lower_is_better: how ``best.pt`` is chosen.
+        patience: stop after so many epochs in a row without a better metric; 0 never stops early.
     """
 
     def __init__(
@@ -86,13 +87,16 @@ class KeepCheckpoints:
         provenance: Provenance,
         metric: Callable[[], float],
         lower_is_better: bool,
+        patience: int = 0,
     ) -> None:
         self.folder = Path(folder)
         self.objects = dict(objects) | {"provenance": provenance, "best": self}
         self.provenance = provenance
         self.metric = metric
         self.sign = -1.0 if lower_is_better else 1.0
+        self.patience = patience
         self.best = -float("inf")
+        self.best_epoch = 0
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
@@ -101,12 +105,12 @@ class KeepCheckpoints:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def state_dict(self) -> dict[str, float]:
-        """Best validation metric so far, larger is better."""
-        return {"metric": self.best}
+        """Best validation metric so far, larger is better, and its epoch."""
+        return {"metric": self.best, "epoch": self.best_epoch}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore what `state_dict` returned."""
-        self.best = state["metric"]
+        self.best, self.best_epoch = state["metric"], int(state["epoch"])
 
     def resume(self, engine: Engine) -> None:
         """Load ``last.pt`` where it exists, refusing one that was made with other settings."""
@@ -126,31 +130,38 @@ class KeepCheckpoints:
         score = self.sign * self.metric()
         improved = score > self.best or not (self.folder / "best.pt").is_file()
         if score > self.best:  # false for NaN: an undefined metric is never the best
-            self.best = score
+            self.best, self.best_epoch = score, engine.state.epoch
         names = ["last.pt", "best.pt"] if improved else ["last.pt"]
         if idist.get_rank() == 0:
             for name in names:
                 save_checkpoint(self.objects, self.folder / name)
         logger.info("Epoch %d: wrote %s to %s", engine.state.epoch, " and ".join(names), self.folder)
+        if self.patience and engine.state.epoch - self.best_epoch >= self.patience:
+            logger.info("No better validation metric for %d epochs: training stops early", self.patience)
+            engine.terminate()
 
 
 def save_checkpoint(objects: Mapping[str, Any], path: str | Path) -> None:
     """Write the ``state_dict`` of each object to one file, atomically; data-parallel wrappers are taken off."""
-    path = Path(path)
+    write_checkpoint(
+        {name: getattr(thing, "module", thing).state_dict() for name, thing in objects.items()}, Path(path)
+    )
+
+
+def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Write tensors and plain values to one file, atomically.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _save({name: getattr(thing, "module", thing).state_dict() for name, thing in objects.items()}, path)
-
-
-def _save(state: Mapping[str, Any], path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         torch.save(state, partial)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
-        raise InputError(
-            f"{path}: cannot be written ({error}); free some disk space and run again"
-        ) from error
+        raise InputError(f"{path}: cannot be written ({error}); free some disk space and run again") from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -165,9 +176,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(
-            f"{path}: cannot be read as a PyTorch checkpoint ({error})".splitlines()[0]
-        ) from error
+        raise InputError(f"{path}: cannot be read as a PyTorch checkpoint ({error})".splitlines()[0]) from error
 
 
 def saved_facts(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
@@ -201,7 +210,12 @@ def load_encoder(encoder: nn.Module, path: str, provenance: Provenance) -> None:
         logger.warning("The encoder keeps its RANDOM weights, as asked (encoder_checkpoint is 'random')")
         return
     saved = load_checkpoint(path)
-    provenance.require(saved_facts(saved, path), ["preparation", "splits", "network"], path)
+    facts = saved_facts(saved, path)
+    if "published" in facts:
+        logger.warning("%s: published weights; which participants they have seen is not known here", path)
+        provenance.require(facts, ["network"], path)
+    else:
+        provenance.require(facts, ["preparation", "splits", "network"], path)
     prefix = "encoder."
     state = {k.removeprefix(prefix): v for k, v in saved["network"].items() if k.startswith(prefix)}
     encoder.load_state_dict(state, strict=True)
@@ -217,9 +231,7 @@ def load_network(network: nn.Module, path: str | Path, provenance: Provenance) -
     saved = load_checkpoint(path)
     provenance.require(saved_facts(saved, path), list(provenance.facts), path)
     network.load_state_dict(saved["network"], strict=True)
-    logger.info(
-        "Loaded %s (epoch %d)", path, saved["trainer"]["iteration"] // saved["trainer"]["epoch_length"]
-    )
+    logger.info("Loaded %s (epoch %d)", path, saved["trainer"]["iteration"] // saved["trainer"]["epoch_length"])
 
 
 def release(checkpoint: str | Path, folder: str | Path) -> Path:
@@ -234,8 +246,7 @@ def release(checkpoint: str | Path, folder: str | Path) -> Path:
     saved = load_checkpoint(checkpoint)
     facts = saved_facts(saved, checkpoint)
     path = Path(folder) / "model.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _save(saved["network"], path)
+    write_checkpoint(saved["network"], path)
     write_text(path.with_suffix(".json"), json.dumps(facts | {"sha256": file_sha256(path)}, indent=1) + "\n")
     return path
 
@@ -250,14 +261,10 @@ def load_released(network: nn.Module, path: str | Path, facts: Mapping[str, Any]
     state = load_checkpoint(path)
     record = path.with_suffix(".json")
     if not record.is_file():
-        raise InputError(
-            f"{record}: absent, so nobody knows what {path.name} is; run `python -m scripts release`"
-        )
+        raise InputError(f"{record}: absent, so nobody knows what {path.name} is; run `python -m scripts release`")
     recorded = json.loads(record.read_text())
     if recorded.get("sha256") != file_sha256(path):
-        raise InputError(
-            f"{record}: does not belong to {path.name} (its sha256 differs); release the model again"
-        )
+        raise InputError(f"{record}: does not belong to {path.name} (its sha256 differs); release the model again")
     Provenance(**facts).require(recorded, list(facts), record)
     network.load_state_dict(state, strict=True)
     logger.info("Loaded the model %s", path)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from monai.data.utils import set_rnd
 from monai.transforms import Compose
-from monai.transforms.utils import set_rnd
 from torch import Tensor
 
 from bundle.errors import InputError

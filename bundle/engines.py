@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -42,8 +43,7 @@ class ReconstructionImages:
     """Validator's handler: original, masked and reconstructed slices of one clip, to TensorBoard.
 
     Args:
-        writer: TensorBoard writer.
-        trainer_epoch: engine whose epoch is the step on TensorBoard's axis; set by `attach_trainer`.
+        writer: TensorBoard writer; its axis counts validations.
     """
 
     def __init__(self, writer: SummaryWriter) -> None:
@@ -57,11 +57,9 @@ class ReconstructionImages:
     def __call__(self, engine: Engine) -> None:
         """Draw the first clip of the epoch's last batch."""
         self.step += 1
-        output = engine.state.output
+        output: Any = engine.state.output
         if idist.get_rank() == 0:
-            panel = reconstruction_panel(
-                output["image"][0, 0], output["pred"][0, 0], output["label"]["mask"][0, 0]
-            )
+            panel = reconstruction_panel(output["image"][0, 0], output["pred"][0, 0], output["label"]["mask"][0, 0])
             self.writer.add_image("original | masked | reconstructed", panel, self.step, dataformats="HW")
 
 
@@ -79,17 +77,12 @@ def reconstruction_panel(image: torch.Tensor, prediction: torch.Tensor, mask: to
         the axial row, anterior) is up and the subject's left is on the left.
     """
     frame = image.shape[-1] // 2
-    hidden = mask[..., frame] if mask.ndim == image.ndim else mask
+    hidden = (mask[..., frame] if mask.ndim == image.ndim else mask).cpu().numpy()
     original = image[..., frame].float().cpu().numpy()
     rebuilt = prediction[..., frame].float().cpu().numpy()
-    hidden = hidden.cpu().numpy()
     low, high = np.percentile(original, [2, 98])
     columns = [original, np.where(hidden, low, original), np.where(hidden, rebuilt, original)]
-    centre = (
-        [int(round(axis.mean())) for axis in np.nonzero(hidden)]
-        if hidden.any()
-        else [s // 2 for s in hidden.shape]
-    )
+    centre = [round(axis.mean()) for axis in np.nonzero(hidden)] if hidden.any() else [s // 2 for s in hidden.shape]
     rows = []
     for axis, index in enumerate(centre):
         planes = [np.flipud(np.take(volume, index, axis=axis).T) for volume in columns]

@@ -10,9 +10,11 @@ affine describes (Rand3DElasticd, RandGridDistortiond), and Transposed, leave th
 these a mask would not lie on its region, so do not use them.
 """
 
+import copy
 import hashlib
 from abc import abstractmethod
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -72,6 +74,12 @@ class _AddMaskd(Randomizable, MapTransform):
             )
         item[self.mask_key] = MetaTensor(mask[None], affine=image.affine)
         return item
+
+    def frozen(self) -> Self:
+        """Return a copy whose masks are fixed, for validation beside training with the same settings."""
+        twin = copy.deepcopy(self)
+        twin.fixed = True
+        return twin
 
     def _generator_of(self, item: dict) -> np.random.RandomState:
         if "run_id" not in item or "start" not in item:

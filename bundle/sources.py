@@ -41,6 +41,11 @@ _OUTPUT_ENTITIES = ("space", "cohort", "res", "den", "desc")  # say how a run wa
 _TEXT_COLUMNS = ("participant_id", "run_id", "bold", "mask", "space", "site", "diagnosis")
 
 
+def find_runs(source: str | Path, labels: Labels = "required") -> list[Run]:
+    """List the runs of a derivatives folder (`from_bids`) or of a .csv or .tsv table (`from_table`)."""
+    return from_table(source, labels) if Path(source).is_file() else from_bids(source, labels=labels)
+
+
 def from_bids(
     derivatives: str | Path, participants: str | Path | None = None, labels: Labels = "required"
 ) -> list[Run]:

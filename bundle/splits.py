@@ -51,21 +51,14 @@ def make_splits(
         raise InputError(f"fold must be 0 to {folds - 1}, not {fold}")
     sites = {participant: site for participant, (site, _) in strata.items()}
     if test_site is not None and test_site not in sites.values():
-        raise InputError(
-            f"test_site {test_site!r} is not in the data; sites are {sorted(set(sites.values()))}"
-        )
+        raise InputError(f"test_site {test_site!r} is not in the data; sites are {sorted(set(sites.values()))}")
 
     held_out = {p for p, site in sites.items() if site == test_site} if test_site is not None else set()
     rest = sorted(set(strata) - held_out)
     if len(rest) < folds:
-        raise InputError(
-            f"{len(rest)} participants cannot be dealt into {folds} folds; give a smaller --folds"
-        )
+        raise InputError(f"{len(rest)} participants cannot be dealt into {folds} folds; give a smaller --folds")
     fold_of = _deal(rest, [f"{strata[p][0]}|{strata[p][1]}" for p in rest], folds, seed)
-    if test_site is None:
-        names = {fold: "test", (fold + 1) % folds: "validation"}
-    else:
-        names = {fold: "validation"}
+    names = {fold: "validation"} if test_site else {fold: "test", (fold + 1) % folds: "validation"}
     sets: dict[str, list[str]] = {name: [] for name in SETS}
     for participant in rest:
         sets[names.get(fold_of[participant], "train")].append(participant)
@@ -146,13 +139,9 @@ def load_splits(path: str | Path) -> dict:
         for second in SETS[i + 1 :]:
             both = sorted(set(sets[first]) & set(sets[second]))
             if both:
-                raise InputError(
-                    f"{path}: {both[0]} is in both {first} and {second}; make the split file anew"
-                )
+                raise InputError(f"{path}: {both[0]} is in both {first} and {second}; make the split file anew")
     if _hash(sets) != recorded:
-        raise InputError(
-            f"{path}: the sets do not fit the recorded sha256 (edited by hand?); make the file anew"
-        )
+        raise InputError(f"{path}: the sets do not fit the recorded sha256 (edited by hand?); make the file anew")
     empty = [name for name in SETS if not sets[name]]
     if empty:
         raise InputError(f"{path}: the {empty[0]} set is empty; make the file anew with other --folds")

@@ -27,13 +27,10 @@ def draw(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_masked_mse_is_numpy_mean_over_hidden_voxels_at_all_frames():
     prediction, image, mask = draw(0)
     errors = [
-        (prediction[index].numpy() - image[index].numpy()) ** 2
-        for index in zip(*np.nonzero(mask.numpy()), strict=True)
+        (prediction[index].numpy() - image[index].numpy()) ** 2 for index in zip(*np.nonzero(mask.numpy()), strict=True)
     ]
     assert float(masked_mse(prediction, image, mask)) == pytest.approx(np.mean(errors), rel=1e-6)
-    assert float(MaskedMSELoss()(prediction, {"image": image, "mask": mask})) == pytest.approx(
-        np.mean(errors)
-    )
+    assert float(MaskedMSELoss()(prediction, {"image": image, "mask": mask})) == pytest.approx(np.mean(errors))
 
 
 def test_visible_voxels_get_no_gradient():

@@ -28,9 +28,7 @@ def test_ten_folds_give_8_to_1_to_1_within_every_site_and_diagnosis():
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    per_group=st.integers(4, 12), sites=st.integers(1, 4), folds=st.integers(3, 4), seed=st.integers(0, 10**6)
-)
+@given(per_group=st.integers(4, 12), sites=st.integers(1, 4), folds=st.integers(3, 4), seed=st.integers(0, 10**6))
 def test_every_participant_is_in_one_set_and_is_tested_once_over_all_folds(per_group, sites, folds, seed):
     runs = cohort(per_group, sites)
     tested: Counter[str] = Counter()

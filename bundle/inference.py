@@ -1,0 +1,91 @@
+"""Inference on new NIfTI files: prepare them, score their clips, average per participant, report."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from ignite.engine import Engine, Events
+from scipy.special import expit
+from torch import nn
+
+from bundle.checkpoints import load_released
+from bundle.errors import InputError
+from bundle.prepare import Preparation, prepare, refuse_failures
+from bundle.sources import find_runs
+from bundle.store import read_manifest, write_text
+from bundle.transforms import clips
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(network: nn.Module, path: str | Path, size: Mapping[str, Any]) -> None:
+    """Load a released model that was trained on data prepared as `prepared_clips` prepares them.
+
+    Raises:
+        InputError: the model is absent, has other sizes, or expects another preparation.
+    """
+    load_released(network, path, {"network": dict(size), "preparation": Preparation().parameters_hash})
+
+
+def prepared_clips(dataset_dir: str | Path, store: str | Path, frames: int, stride: int) -> list[dict]:
+    """Prepare the runs of a folder or table and list their clips; `Predictions.report` names those that failed.
+
+    Args:
+        dataset_dir: BIDS derivatives, or a table of runs (see `bundle.sources.find_runs`); labels are not needed.
+        store: where the prepared runs go; those that are there already and current are used as they are.
+        frames: frames per clip.
+        stride: frames between the starts of two clips.
+
+    Raises:
+        InputError: no run could be prepared.
+    """
+    rows = prepare(find_runs(dataset_dir, labels="optional"), store)["rows"]
+    failed = [row for row in rows if row["status"] == "failed"]
+    if len(failed) == len(rows):
+        raise InputError(f"{dataset_dir}: none of the {len(rows)} runs can be used; the first: {failed[0]['reason']}")
+    usable = {row["run_id"] for row in rows} - {row["run_id"] for row in failed}
+    runs = [run for run in read_manifest(store)["runs"] if run["run_id"] in usable]
+    return clips(runs, frames=frames, stride=stride)
+
+
+class Predictions:
+    """Evaluator's handler: average the logits of each participant's clips and write ``predictions.tsv``.
+
+    Args:
+        output_dir: folder of the table.
+        store: the store that `prepared_clips` filled; its summary names the runs that failed.
+    """
+
+    def __init__(self, output_dir: str | Path, store: str | Path) -> None:
+        self.output_dir = Path(output_dir)
+        self.store = Path(store)
+        self.logits: list[dict] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Keep the logits of a batch."""
+        output: Any = engine.state.output
+        names = output["label"]["participant_id"]
+        self.logits += [
+            {"participant_id": name, "logit": logit}
+            for name, logit in zip(names, output["pred"].float().flatten().tolist(), strict=True)
+        ]
+
+    def report(self) -> None:
+        """Write the table, then say which runs could not be used.
+
+        Raises:
+            InputError: at least one run could not be used (the others are in the table).
+        """
+        table = pd.DataFrame(self.logits).groupby("participant_id")["logit"].agg(["mean", "size"])
+        table = table.rename(columns={"mean": "logit", "size": "clips"}).reset_index()
+        table.insert(1, "probability", expit(table["logit"]))
+        path = self.output_dir / "predictions.tsv"
+        write_text(path, table.to_csv(sep="\t", index=False))
+        logger.info("Wrote the scores of %d participants to %s", len(table), path)
+        refuse_failures(self.store)

@@ -1,0 +1,1 @@
+"""Command-line tools: `python -m scripts COMMAND`; each makes one call into `bundle`."""

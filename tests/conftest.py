@@ -5,6 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import coarse_brain, coarse_signal, save_bold, save_mask
+
+from bundle.prepare import prepare
+from bundle.sources import find_runs
+from bundle.splits import make_splits, save_splits
+from bundle.store import read_manifest
 
 os.environ.setdefault("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
 torch.set_num_threads(1)  # tests run in parallel processes; see the README's test command
@@ -18,4 +24,29 @@ def shared() -> Path:
     folder = ROOT.parent / "shared"
     if not (folder / "README.md").is_file():
         pytest.skip("reference material is absent: there is no folder shared/ beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def derivatives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fMRIPrep-like derivatives of 12 participants: two sites, cases and controls, 30 frames of noise each."""
+    folder = tmp_path_factory.mktemp("derivatives")
+    rows = ["participant_id\tsite\tdiagnosis"]
+    for i in range(12):
+        name = f"sub-{i:02d}"
+        stem = folder / name / "func" / f"{name}_task-rest_space-MNI152NLin2009cAsym_desc"
+        save_bold(Path(f"{stem}-preproc_bold.nii.gz"), coarse_signal(seed=i))
+        save_mask(Path(f"{stem}-brain_mask.nii.gz"), coarse_brain())
+        rows.append(f"{name}\t{'north' if i < 6 else 'south'}\t{'adhd' if i % 2 else 'control'}")
+    (folder / "participants.tsv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(derivatives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The derivatives, prepared, with a split file of three folds in it."""
+    folder = tmp_path_factory.mktemp("store")
+    summary = prepare(find_runs(derivatives), folder)
+    assert summary["prepared"] == 12
+    save_splits(make_splits(read_manifest(folder)["runs"], folds=3), folder / "splits.json")
     return folder

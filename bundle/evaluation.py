@@ -93,15 +93,38 @@ def evaluate(
         The table of `score_table` for the test set.
     """
     validator.run()
-    validation = pd.DataFrame(validation_scores.subjects)
-    threshold = youden_threshold(validation["label"].to_numpy(), validation["logit"].to_numpy())
     tester.run()
-    subjects = pd.DataFrame(test_scores.subjects)
+    return write_test(
+        pd.DataFrame(validation_scores.subjects), pd.DataFrame(test_scores.subjects), output_dir, resamples, seed
+    )
+
+
+def write_test(
+    validation: pd.DataFrame,
+    subjects: pd.DataFrame,
+    output_dir: str | Path,
+    resamples: int = 2000,
+    seed: int = 0,
+    threshold: float | None = None,
+) -> dict[str, dict[str, float]]:
+    """Score the test subjects at the validation set's threshold; write ``subjects.tsv`` and ``scores.json``.
+
+    Args:
+        validation: ``label`` and ``logit`` of each validation subject.
+        subjects: ``participant_id``, ``label`` and ``logit`` of each test subject.
+        output_dir: folder of the two files.
+        resamples: bootstrap resamples.
+        seed: seed of the bootstrap.
+        threshold: a logit to use instead of the one that is best on the validation set.
+
+    Returns:
+        The table of `score_table` for the test set.
+    """
+    if threshold is None:
+        threshold = youden_threshold(validation["label"].to_numpy(), validation["logit"].to_numpy())
     labels, logits = subjects["label"].to_numpy(), subjects["logit"].to_numpy()
     table = score_table(labels, logits, threshold, resamples, seed)
-
-    subjects["probability"] = expit(logits)
-    subjects["predicted"] = (logits > threshold).astype(int)
+    subjects = subjects.assign(probability=expit(logits), predicted=(logits > threshold).astype(int))
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "subjects.tsv", subjects.to_csv(sep="\t", index=False))

@@ -19,14 +19,14 @@ def prediction_and_target(output: dict) -> tuple[Tensor, dict]:
     return output["pred"], output["label"]
 
 
-class _EngineMetric(Metric):
+class EngineMetric(Metric):
     """A metric that reads the output of a MONAI engine by default."""
 
     def __init__(self, output_transform: Callable = prediction_and_target, device: str | torch.device = "cpu") -> None:
         super().__init__(output_transform=output_transform, device=device)
 
 
-class MaskedMSE(_EngineMetric):
+class MaskedMSE(EngineMetric):
     """Mean squared error over all masked voxels and frames of all clips, on all ranks."""
 
     _state_dict_all_req_keys = ("_squared", "_count")
@@ -53,7 +53,7 @@ class MaskedMSE(_EngineMetric):
         return float(self._squared / self._count)
 
 
-class TemporalR2(_EngineMetric):
+class TemporalR2(EngineMetric):
     """Share of the temporal variance of masked voxels that the reconstruction explains.
 
     Both signals are taken around their own mean over the clip, voxel by voxel, so that static anatomy, which
@@ -97,7 +97,7 @@ def _around_mean(series: Tensor) -> Tensor:
     return series - series.mean(dim=-1, keepdim=True)
 
 
-class SubjectScores(_EngineMetric):
+class SubjectScores(EngineMetric):
     """Scores over subjects: the logits of a subject's clips are averaged to one, then scored once over all.
 
     `compute` returns ``{"auroc", "balanced_accuracy", "accuracy"}`` (the two accuracies at probability 0.5);

@@ -2,19 +2,14 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 
-from bundle.errors import InputError
+from bundle.run import run_bundle
 from scripts.commands import prepare, release, splits, synthesize
 
 logger = logging.getLogger(__name__)
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def demo(folder: str = "demo", subjects: int = 24, effect: float = 0.8, seed: int = 0) -> None:
@@ -47,21 +42,6 @@ def demo(folder: str = "demo", subjects: int = 24, effect: float = 0.8, seed: in
     run_bundle("run", ["train", "evaluate", "demo"], common)
     release(str(base / "train" / "best.pt"), str(base / "models"))
     report(base / "train" / "evaluation")
-
-
-def run_bundle(run_id: str, configs: list[str], overrides: dict[str, object]) -> None:
-    """Run ``python -m monai.bundle run`` on configs of this bundle, as a user would."""
-    files = [str(ROOT / "configs" / f"{name}.json") for name in configs]
-    command = [sys.executable, "-m", "monai.bundle", "run", run_id]
-    command += ["--config_file", str(files), "--meta_file", str(ROOT / "configs" / "metadata.json")]
-    command += ["--logging_file", str(ROOT / "configs" / "logging.conf"), "--bundle_root", str(ROOT)]
-    for name, value in overrides.items():
-        command += [f"--{name}", str(value)]
-    logger.info("%s", " ".join(command))
-    # idle OpenMP threads that spin slow the scan several times on a machine that does other work too
-    environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
-    if subprocess.run(command, env=environment, check=False).returncode != 0:
-        raise InputError(f"{configs[0]}.json did not finish; its log is above")
 
 
 def report(folder: Path) -> None:

@@ -62,6 +62,7 @@ def run_of(path: Path, run_id: str = "sub-01", **changes: Any) -> dict[str, Any]
         "participant_id": run_id.split("_")[0],
         "bold": path,
         "mask": None,
+        "confounds": None,
         "tr": None,
         "space": None,
         "site": "A",

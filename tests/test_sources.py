@@ -39,6 +39,7 @@ def test_bids_runs_with_and_without_sessions(bids):
         "participant_id": "sub-01",
         "bold": bids / f"sub-01/func/sub-01_task-rest_run-1{NAME}",
         "mask": bids / f"sub-01/func/sub-01_task-rest_run-1{NAME.replace('preproc_bold', 'brain_mask')}",
+        "confounds": None,
         "tr": None,
         "space": None,
         "site": "A",
@@ -50,8 +51,8 @@ def test_bids_runs_with_and_without_sessions(bids):
 
 
 def test_entities_count_by_key_not_by_place(bids):
-    touch(bids / "sub-02/func/run-7_sub-02_space-MNI152_desc-preproc_acq-x_bold.nii.gz")
-    assert "run-7_sub-02_acq-x" in [run["run_id"] for run in from_bids(bids)]
+    touch(bids / "sub-02/func/sub-02_space-MNI152_run-7_desc-preproc_acq-x_bold.nii.gz")
+    assert "sub-02_run-7_acq-x" in [run["run_id"] for run in from_bids(bids)]
 
 
 def test_participants_may_lie_above_the_derivatives(bids):

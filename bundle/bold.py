@@ -1,6 +1,6 @@
 """Open one 4D BOLD file, refuse what cannot be used, and bring its frames onto the grid, to the TR, to z.
 
-Nothing here loads a whole file: frames are read in order, a chunk at a time.
+Frames are read in order, one at a time, as the file holds them.
 """
 
 import json
@@ -8,13 +8,16 @@ import logging
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.openers import ImageOpener
 from numpy.typing import NDArray
 
 from bundle import grid
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 TR_RANGE = (0.1, 20.0)  # seconds
 SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
 MNI_CODE = 4  # the NIfTI xform code for MNI152
-CHUNK_VALUES = 2**24  # numbers read at once: 128 MiB as float64
+KEPT_BYTES = 3 * 2**28  # 768 MiB: 400 frames of int16 over the MNI152 2 mm box
 _READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError)
 
 
@@ -104,8 +107,7 @@ def _load_nifti(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path} does not exist; check the path")
     try:
-        # keep_file_open: reading a gzip file onward must not decompress it from the start for every chunk
-        image: Any = nib.load(path, keep_file_open=True)
+        image: Any = nib.load(path)
     except _READ_ERRORS as error:
         raise InputError(f"{path} cannot be read as NIfTI ({_one_line(error)}); copy or convert it again") from error
     if not isinstance(image, nib.Nifti1Pair):
@@ -190,46 +192,70 @@ def _sidecar_tr(sidecar: Path) -> Any:
         raise InputError(f"{sidecar} is not a JSON object ({_one_line(error)}); repair or remove it") from error
 
 
-def frame_chunks(bold: Bold) -> Iterator[tuple[int, NDArray]]:
-    """Read a run's frames in order.
+def frame_reader(bold: Bold, keep_up_to: int = KEPT_BYTES) -> Callable[[], Iterator[NDArray]]:
+    """A function that reads a run's frames in order, once per call.
 
-    Yields:
-        The first frame's number and the scaled values (X, Y, Z, F) as stored, F frames that fit in memory.
+    A run of up to `keep_up_to` bytes is decompressed once and kept, since reading is what takes longest.
+
+    Args:
+        bold: the run.
+        keep_up_to: bytes; 0 reads the file again at every call.
+
+    Returns:
+        A function whose iterator yields frames (XYZ,), unscaled, in the file's order: x changes fastest.
 
     Raises:
-        InputError: the file ends early or is damaged.
+        InputError: (by the function, or here where the run is kept) the file ends early or is damaged.
     """
-    step = max(1, CHUNK_VALUES // math.prod(bold.shape))
-    for start in range(0, bold.frames, step):
+    if math.prod(bold.image.shape) * bold.image.dataobj.dtype.itemsize > keep_up_to:
+        return partial(_read_frames, bold)
+    kept = list(_read_frames(bold))
+    return lambda: iter(kept)
+
+
+def _read_frames(bold: Bold) -> Iterator[NDArray]:
+    data = bold.image.dataobj
+    size = math.prod(bold.shape) * data.dtype.itemsize
+    path = bold.image.file_map["image"].filename or bold.image.file_map["header"].filename
+    # one frame is decompressed by a thread of its own while the caller works on the one before
+    with ImageOpener(path) as file, ThreadPoolExecutor(1) as ahead:
         try:
-            yield start, bold.image.dataobj[..., start : start + step]
+            file.seek(data.offset)
+            reading = ahead.submit(file.read, size)
+            for number in range(bold.frames):
+                values = reading.result()
+                if len(values) < size:
+                    raise EOFError("the file ends early")
+                reading = ahead.submit(file.read, size if number + 1 < bold.frames else 1)
+                yield np.frombuffer(values, data.dtype)
+            reading.result()  # the end of a gzip file holds its checksum
         except _READ_ERRORS as error:
-            raise InputError(
-                f"{bold.path} is truncated or damaged at frame {start} ({_one_line(error)}); copy it again"
-            ) from error
+            raise InputError(f"{bold.path} is truncated or damaged ({_one_line(error)}); copy it again") from error
 
 
-def varying(bold: Bold) -> NDArray[np.bool_]:
+def varying(bold: Bold, read: Callable[[], Iterator[NDArray]] | None = None) -> NDArray[np.bool_]:
     """The voxels, as stored, whose value is not the same at every frame (NaN throughout is the same)."""
-    changes = np.zeros(bold.shape, bool)
-    first: NDArray = np.empty(0)
-    for start, chunk in frame_chunks(bold):
-        if start == 0:
-            first = chunk[..., :1].copy()
-        differs = chunk != first
-        if chunk.dtype.kind == "f":
-            differs &= ~(np.isnan(first) & np.isnan(chunk))
-        changes |= differs.any(axis=3)
-    return changes
+    frames = (read or frame_reader(bold, 0))()
+    first = next(frames)
+    changes = np.zeros(first.shape, bool)
+    for frame in frames:
+        differs = frame != first
+        if frame.dtype.kind == "f":
+            differs &= ~(np.isnan(first) & np.isnan(frame))
+        changes |= differs
+    return changes.reshape(bold.shape, order="F")
 
 
-def brain_on_grid(bold: Bold, mask: str | Path | None) -> NDArray[np.bool_]:
+def brain_on_grid(
+    bold: Bold, mask: str | Path | None, read: Callable[[], Iterator[NDArray]] | None = None
+) -> NDArray[np.bool_]:
     """A run's non-background voxels on the grid, by nearest neighbour, inside the run's field of view.
 
     Args:
         bold: the run.
         mask: a 3D brain mask (above 0.5 is brain) in any space that its own affine maps to the same world;
             None takes the voxels that are not constant over time, decided on the run's own voxels.
+        read: the run's `frame_reader`, where it is used again; None makes one.
 
     Returns:
         A bool array of `grid.SHAPE`.
@@ -238,7 +264,7 @@ def brain_on_grid(bold: Bold, mask: str | Path | None) -> NDArray[np.bool_]:
         InputError: the mask cannot be read, is not 3D, is empty or lies elsewhere; every voxel is constant.
     """
     if mask is None:
-        native = varying(bold)
+        native = varying(bold, read)
         if not native.any():
             raise InputError(f"{bold.path} is constant over time in every voxel; it holds no signal")
         affine = bold.affine
@@ -267,12 +293,15 @@ def _load_mask(path: Path) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     return values > 0.5, affine
 
 
-def sample(bold: Bold, brain: NDArray[np.bool_]) -> NDArray[np.float32]:
+def sample(
+    bold: Bold, brain: NDArray[np.bool_], read: Callable[[], Iterator[NDArray]] | None = None
+) -> NDArray[np.float32]:
     """Interpolate every frame at the brain's grid voxels: one trilinear step in world space, streamed.
 
     Args:
         bold: the run.
         brain: bool, `grid.SHAPE`, inside the run's field of view.
+        read: the run's `frame_reader`, where it was used before; None makes one.
 
     Returns:
         (T, V) float32 in the file's own units; V runs over `np.flatnonzero(brain)`.
@@ -281,25 +310,39 @@ def sample(bold: Bold, brain: NDArray[np.bool_]) -> NDArray[np.float32]:
         InputError: NaN or Inf in the brain, or elsewhere other than as NaN throughout (SPM's background).
     """
     frames = np.empty((bold.frames, int(brain.sum())), np.float32)
-    wrong = np.zeros(bold.shape, bool)  # voxels that are not finite and not plain background
-    for start, chunk in frame_chunks(bold):
-        finite = np.isfinite(chunk)
-        if start == 0:
-            nan_background = np.isnan(chunk[..., 0])
-            if lost := int((grid.nearest(nan_background, bold.affine) & brain).sum()):
-                raise InputError(f"{bold.path} is NaN in {lost} grid voxels of its brain mask; give a tighter mask")
-            operator = grid.linear_operator(bold.affine, bold.shape, np.flatnonzero(brain), ~nan_background)
-        if not finite.all() or nan_background.any():
-            wrong |= (finite == nan_background[..., None]).any(axis=3) | np.isinf(chunk).any(axis=3)
-            chunk = np.where(finite, chunk, 0)
-        columns = np.ascontiguousarray(chunk, np.float32).reshape(-1, chunk.shape[3])  # (X, Y, Z, F) -> (XYZ, F)
-        frames[start : start + chunk.shape[3]] = (operator @ columns).T  # (V, F) -> (F, V)
+    slope, inter = float(bold.image.dataobj.slope), float(bold.image.dataobj.inter)
+    wrong = np.zeros(math.prod(bold.shape), bool)  # voxels that are not finite and not plain background
+    for number, frame in enumerate((read or frame_reader(bold, 0))()):
+        finite = np.isfinite(frame) if frame.dtype.kind == "f" else np.True_
+        if number == 0:
+            background = np.isnan(frame) if frame.dtype.kind == "f" else np.zeros(frame.shape, bool)
+            operator = _operator(bold, brain, background)
+            has_background = background.any()
+        if has_background or not finite.all():
+            wrong |= (finite == background) | np.isinf(frame)
+            frame = np.where(finite, frame, 0)
+        sampled = operator @ frame.astype(np.float32)  # (XYZ,) -> (V,)
+        if (slope, inter) != (1, 0):
+            # after interpolating, which is the same as each row's weights sum to 1, and touches fewer numbers
+            sampled = sampled.astype(np.float64) * slope + inter
+        frames[number] = sampled
     if wrong.any():
         raise InputError(
             f"{bold.path} holds NaN or Inf in {int(wrong.sum())} voxels that are not plain background; "
             "repair the file or exclude the run"
         )
     return frames
+
+
+def _operator(bold: Bold, brain: NDArray[np.bool_], background: NDArray[np.bool_]) -> Any:
+    """Trilinear weights whose columns run in the file's order, with none for NaN background (XYZ,)."""
+    if background.any():
+        lost = grid.nearest(background.reshape(bold.shape, order="F"), bold.affine) & brain
+        if lost.any():
+            raise InputError(f"{bold.path} is NaN in {lost.sum()} grid voxels of its brain mask; give a tighter mask")
+    # an array (X, Y, Z) in the file's order is an array (Z, Y, X) in C order
+    affine, shape = bold.affine[:, [2, 1, 0, 3]], bold.shape[::-1]
+    return grid.linear_operator(affine, shape, np.flatnonzero(brain), ~background)
 
 
 def frames_after(frames: int, tr: float, new_tr: float) -> int:

@@ -74,7 +74,8 @@ class ToGridd(MapTransform):
         mask = item.pop(self.mask_key, None)
         for key in self.key_iterator(item):
             run: bold.Bold = item[key]
-            brain = bold.brain_on_grid(run, mask)
+            read = bold.frame_reader(run, 0 if mask is not None else bold.KEPT_BYTES)  # only masks need one pass
+            brain = bold.brain_on_grid(run, mask, read)
             overlap = grid.mni_overlap(brain)
             if overlap < self.min_overlap:
                 raise InputError(
@@ -82,7 +83,7 @@ class ToGridd(MapTransform):
                     f"{self.min_overlap:.0%} is needed), so it is likely in native space or its mask is wrong; "
                     "give the MNI-space run and mask"
                 )
-            item[key] = bold.sample(run, brain)
+            item[key] = bold.sample(run, brain, read)
             item["voxels"] = np.flatnonzero(brain)
             item["record"] = {
                 "source": str(run.path.absolute()),

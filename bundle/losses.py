@@ -22,8 +22,7 @@ def masked_mse(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
 
 def masked_squared_error(prediction: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, int]:
     """Sum of squared errors over masked places, in float32, and the number of those places."""
-    if mask.ndim == image.ndim - 1:
-        mask = mask.unsqueeze(-1).expand_as(image)  # (B, 1, X, Y, Z) -> (B, 1, X, Y, Z, T)
+    # a tube mask (B, 1, X, Y, Z) takes whole time courses, (voxels, T): no index per frame is made
     error = prediction[mask].float() - image[mask].float()
     if error.numel() == 0:
         raise ValueError("the mask hides no voxel, so there is nothing to reconstruct")

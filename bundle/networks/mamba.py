@@ -17,7 +17,7 @@ STATES = 16  # hidden values per channel
 KERNEL = 4  # tokens that the causal convolution sees
 MIN_STEP, MAX_STEP = 1e-3, 1e-1  # range of the step sizes at the start of training
 
-Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor] | None], Tensor]
 
 
 class Mamba(nn.Module):
@@ -43,15 +43,15 @@ class Mamba(nn.Module):
             steps = torch.exp(torch.empty(inner).uniform_(math.log(MIN_STEP), math.log(MAX_STEP)))
             self.step.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map (b, l, c) to (b, l, c)."""
+    def forward(self, tokens: Tensor, kept: list[Tensor] | None = None) -> Tensor:
+        """Map (b, l, c) to (b, l, c); `kept` as in `selective_scan`."""
         length = tokens.shape[1]
         x, gate = self.expand(tokens).chunk(2, dim=-1)  # each (b, l, d), d = 2 c
         x = self.conv(x.transpose(1, 2))[..., :length].transpose(1, 2)  # causal: the tail is padding
         x = functional.silu(x)
         step, b, c = self.select(x).split([self.step_rank, STATES, STATES], dim=-1)
         step = functional.softplus(self.step(step))
-        y = scan_for(x.device.type)(x, step, -torch.exp(self.log_decay), b, c, self.skip)
+        y = scan_for(x.device.type)(x, step, -torch.exp(self.log_decay), b, c, self.skip, kept)
         return self.contract(y * functional.silu(gate))
 
 
@@ -74,8 +74,13 @@ def scan_for(device: str) -> Scan:
         return selective_scan
     logger.info("selective scan: fused kernel of mamba-ssm on cuda")
 
-    def fused_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        """`selective_scan` through the fused kernel, which wants time last, (b, d, l) and (b, n, l)."""
+    def fused_scan(
+        u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, kept: list[Tensor] | None = None
+    ) -> Tensor:
+        """`selective_scan` through the fused kernel, which wants time last, (b, d, l) and (b, n, l).
+
+        The kernel cannot use `kept`: it stays empty, and checkpointing runs the kernel again.
+        """
         u, delta, b, c = (tensor.float().transpose(1, 2).contiguous() for tensor in (u, delta, b, c))
         return selective_scan_fn(u, delta, a.float(), b, c, d.float()).transpose(1, 2)
 

@@ -42,7 +42,9 @@ def selective_scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tenso
     return torch.stack(outputs, dim=1) + D * u
 
 
-def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, kept: list[Tensor] | None = None
+) -> Tensor:
     """Run the recurrence over the tokens of every sequence.
 
     Half-precision input (autocast) is computed in float32; float64 stays float64.
@@ -54,19 +56,21 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         B: input weights (b, l, n).
         C: output weights (b, l, n).
         D: skip weights (d,).
+        kept: for checkpointing around the scan. An empty list receives the result and the states that the
+            backward pass needs; a filled one is emptied and gives them back, so that the scan runs once only.
 
     Returns:
         y (b, l, d), differentiable once with respect to every argument.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
     with torch.autocast(u.device.type, enabled=False):
-        return _SelectiveScan.apply(*(tensor.to(dtype) for tensor in (u, delta, A, B, C, D)))
+        return _SelectiveScan.apply(*(tensor.to(dtype) for tensor in (u, delta, A, B, C, D)), kept)
 
 
-def _rows_per_tile(u: Tensor, states: int) -> int:
+def rows_per_tile(device: torch.device, states: int, channels: int) -> int:
     """How many sequences are walked together."""
-    budget = CPU_TILE if u.device.type == "cpu" else CUDA_TILE
-    return max(1, min(u.shape[0], budget // (CHUNK * states * u.shape[2])))
+    budget = CPU_TILE if device.type == "cpu" else CUDA_TILE
+    return max(1, budget // (CHUNK * states * channels))
 
 
 def _advance(
@@ -82,35 +86,48 @@ def _advance(
     return previous
 
 
+def _walk(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """Return y and the state before each chunk (b, chunks, n, d)."""
+    b, length, d = u.shape
+    n = A.shape[1]
+    log2_decay = (A.t() * math.log2(math.e)).contiguous()  # (n, d)
+    drive = delta * u
+    tile = min(b, rows_per_tile(u.device, n, d))
+    starts = u.new_zeros(b, math.ceil(length / CHUNK), n, d)  # state before each chunk
+    gains_buffer, states_buffer = u.new_empty(2, tile, CHUNK, n, d)
+    y = D * u
+    for first in range(0, b, tile):
+        rows = slice(first, min(first + tile, b))
+        for chunk, t in enumerate(range(0, length, CHUNK)):
+            at = (rows, slice(t, min(t + CHUNK, length)))
+            r, k, _ = u[at].shape
+            gains, states = gains_buffer[:r, :k], states_buffer[:r, :k]
+            last = _advance(starts[rows, chunk], delta[at], drive[at], B[at], log2_decay, gains, states)
+            if chunk + 1 < starts.shape[1]:
+                starts[rows, chunk + 1] = last
+            y[at] += torch.matmul(C[at].unsqueeze(2), states).squeeze(2)  # (r, k, 1, n) @ (r, k, n, d)
+    return y, starts
+
+
 class _SelectiveScan(torch.autograd.Function):
     """The scan with states laid out (r, k, n, d): rows, tokens of a chunk, state index, channel."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-        b, length, d = u.shape
-        n = A.shape[1]
-        log2_decay = (A.t() * math.log2(math.e)).contiguous()  # (n, d)
-        drive = delta * u
-        tile = _rows_per_tile(u, n)
-        starts = u.new_zeros(b, math.ceil(length / CHUNK), n, d)  # state before each chunk
-        gains_buffer, states_buffer = u.new_empty(2, tile, CHUNK, n, d)
-        y = D * u
-        for first in range(0, b, tile):
-            rows = slice(first, min(first + tile, b))
-            for chunk, t in enumerate(range(0, length, CHUNK)):
-                at = (rows, slice(t, min(t + CHUNK, length)))
-                r, k, _ = u[at].shape
-                gains, states = gains_buffer[:r, :k], states_buffer[:r, :k]
-                last = _advance(starts[rows, chunk], delta[at], drive[at], B[at], log2_decay, gains, states)
-                if chunk + 1 < starts.shape[1]:
-                    starts[rows, chunk + 1] = last
-                y[at] += torch.matmul(C[at].unsqueeze(2), states).squeeze(2)  # (r, k, 1, n) @ (r, k, n, d)
+    def forward(
+        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, kept: list[Tensor] | None
+    ) -> Tensor:
+        if kept:
+            starts, y = kept.pop(), kept.pop()
+        else:
+            y, starts = _walk(u, delta, A, B, C, D)
+            if kept is not None:
+                kept.extend((y.detach(), starts))
         ctx.save_for_backward(u, delta, A, B, C, D, starts)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, starts = ctx.saved_tensors
         b, length, d = u.shape
         n = A.shape[1]
@@ -121,7 +138,7 @@ class _SelectiveScan(torch.autograd.Function):
         grad_drive, grad_delta = torch.empty_like(u), torch.empty_like(u)
         grad_decay = torch.zeros_like(decay)
         grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
-        tile = _rows_per_tile(u, n)
+        tile = min(b, rows_per_tile(u.device, n, d))
         gains_buffer, states_buffer, grads_buffer = u.new_empty(3, tile, CHUNK, n, d)
         for first in range(0, b, tile):
             rows = slice(first, min(first + tile, b))
@@ -145,7 +162,7 @@ class _SelectiveScan(torch.autograd.Function):
                 grad_decay += torch.mul(grad_exponent, delta[at].unsqueeze(2), out=states).sum((0, 1))
         grad_delta += grad_drive * u
         grad_u = (grad_drive * delta).addcmul_(D, grad_y)
-        return grad_u, grad_delta, grad_decay.t(), grad_B, grad_C, (grad_y * u).sum((0, 1))
+        return grad_u, grad_delta, grad_decay.t(), grad_B, grad_C, (grad_y * u).sum((0, 1)), None
 
 
 def _retreat(carry: Tensor, gains: Tensor, grads: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ Inside the network a batch is (b, x, y, z, t, c): a grid of tokens, channels las
 6 x 6 x 6 voxels at one frame.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from bundle.errors import InputError
-from bundle.networks.mamba import Mamba
+from bundle.networks.mamba import STATES, Mamba, scan_for
+from bundle.networks.scan import rows_per_tile, selective_scan
 
 ORIENTATIONS = ("RAS", "LAS")
 
@@ -46,43 +47,124 @@ def join_windows(windows: Tensor, window: Sequence[int], grid: Sequence[int]) ->
     return windows.reshape(-1, *counts, *window, c).permute(0, 1, 5, 2, 6, 3, 7, 4, 8, 9).reshape(-1, *grid, c)
 
 
+class _Reorder(torch.autograd.Function):
+    """Take tokens by index along axis 1; the gradient is taken by the inverse index instead of added up."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return tokens.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(1, inverse), None, None
+
+
+class Windows:
+    """Where each token of a grid stands once it is padded to whole windows, shifted and cut into windows.
+
+    Padding, shift and cut are one gather, undone by another. Padding repeats the last token of the grid, to be
+    blanked by whoever must not see it.
+
+    Args:
+        grid: tokens along x, y, z and t.
+        window: tokens of a window.
+        shift: by how much the windows are moved along each axis; the padded grid is periodic.
+        device: where the tokens are.
+
+    Attributes:
+        real: bool (windows, volume, 1), False for padding; None if nothing is padded.
+    """
+
+    def __init__(self, grid: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device) -> None:
+        self.grid, self.volume = tuple(grid), math.prod(window)
+        total = math.prod(grid)
+        places = torch.arange(total, device=device).view(1, *grid, 1)
+        missing = [-size % width for size, width in zip(grid, window, strict=True)]
+        if any(missing):
+            # functional.pad counts from the last axis: c, t, z, y, x
+            places = functional.pad(places, (0, 0, *(pad for m in reversed(missing) for pad in (0, m))), value=total)
+        order = split_windows(places.roll([-step for step in shift], (1, 2, 3, 4)), window).flatten()
+        targets = torch.arange(len(order), device=device)
+        self._inverse = order.new_empty(total + 1).scatter_(0, order, targets)[:total]  # padding goes to the last
+        self._order = order.clamp(max=total - 1)
+        self.real = (order < total).view(-1, self.volume, 1) if any(missing) else None
+
+    def cut(self, tokens: Tensor) -> Tensor:
+        """Turn (b, x, y, z, t, c) into windows (b * windows, volume, c)."""
+        flat = _Reorder.apply(tokens.flatten(1, 4), self._order, self._inverse)
+        return flat.reshape(-1, self.volume, tokens.shape[-1])
+
+    def join(self, windows: Tensor) -> Tensor:
+        """Undo `cut`; no gradient must come back for padding, so it is blanked."""
+        if self.real is not None:
+            windows = windows.view(-1, *self.real.shape[:2], windows.shape[-1]).where(self.real, 0)
+        flat = windows.reshape(-1, len(self._order), windows.shape[-1])
+        return _Reorder.apply(flat, self._inverse, self._order).unflatten(1, self.grid)
+
+
 class WindowBlock(nn.Module):
     """LayerNorm, Mamba inside windows, residual; LayerNorm, MLP (4 x wide), residual.
 
     A shifted block moves the windows by half a window along each axis, on the grid padded with zeros at its
     end and taken as periodic. There is no attention, hence no mask between the two sides of a seam.
+
+    All of it is local to a window, so it runs on as many windows at once as the cache holds. With the plain
+    scan the backward pass recomputes everything but the scan, which is the dear part; with checkpointing the
+    scan as well.
     """
 
-    def __init__(self, channels: int, window: Sequence[int], shifted: bool) -> None:
+    def __init__(self, channels: int, window: Sequence[int], shifted: bool, checkpointing: bool = False) -> None:
         super().__init__()
         self.window = tuple(window)
         self.shift = tuple(width // 2 if shifted else 0 for width in window)
+        self.checkpointing = checkpointing
         self.norm1 = nn.LayerNorm(channels)
         self.mamba = Mamba(channels)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map (b, x, y, z, t, c) to the same shape."""
-        tokens = tokens + self._mix(self.norm1(tokens))
-        return tokens + self.mlp(self.norm2(tokens))
+    def forward(self, tokens: Tensor, brain: Tensor | None = None) -> Tensor:
+        """Map (b, x, y, z, t, c) to the same shape.
 
-    def _mix(self, tokens: Tensor) -> Tensor:
-        _, *grid, _ = tokens.shape
+        Args:
+            tokens: the grid of tokens.
+            brain: bool (x, y, z); windows without any True token are left as they are. None runs all windows.
+        """
+        batch, *grid, _ = tokens.shape
         window, shift = fit_window(grid, self.window, self.shift)
-        missing = [-size % width for size, width in zip(grid, window, strict=True)]
-        if any(missing):
-            # functional.pad counts from the last axis: c, t, z, y, x
-            tokens = functional.pad(tokens, (0, 0, *(pad for m in reversed(missing) for pad in (0, m))))
-        padded = tokens.shape[1:5]
-        axes = (1, 2, 3, 4)
-        if any(shift):
-            tokens = tokens.roll([-step for step in shift], axes)
-        tokens = join_windows(self.mamba(split_windows(tokens, window)), window, padded)
-        if any(shift):
-            tokens = tokens.roll(shift, axes)
-        x, y, z, t = grid
-        return tokens[:, :x, :y, :z, :t]
+        layout = Windows(grid, window, shift, tokens.device)
+        windows = layout.cut(tokens)
+        real = None if layout.real is None else layout.real.repeat(batch, 1, 1)
+        if brain is None:
+            return layout.join(self._run(windows, real))
+        places = brain.to(tokens.device).view(1, *brain.shape, 1, 1).expand(batch, *grid, 1)
+        (chosen,) = layout.cut(places).any(dim=(1, 2)).nonzero(as_tuple=True)
+        done = self._run(windows[chosen], None if real is None else real[chosen])
+        return layout.join(windows.index_copy(0, chosen, done.to(windows.dtype)))
+
+    def _run(self, windows: Tensor, real: Tensor | None) -> Tensor:
+        """Run all windows (n, l, c), some at a time; `real` (n, l, 1) is False for padding."""
+        channels = windows.shape[-1]
+        tiles = math.ceil(len(windows) / rows_per_tile(windows.device, STATES, 2 * channels)) or 1
+        blanks = [None] * tiles if real is None else real.chunk(tiles)
+        results = [self._tile(tile, blank) for tile, blank in zip(windows.chunk(tiles), blanks, strict=False)]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _tile(self, windows: Tensor, real: Tensor | None) -> Tensor:
+        plain = scan_for(windows.device.type) is selective_scan
+        if torch.is_grad_enabled() and (plain or self.checkpointing):
+            kept: list[Tensor] | None = None if self.checkpointing else []
+            return checkpoint(self._mix, windows, real, kept, use_reentrant=False, preserve_rng_state=False)
+        return self._mix(windows, real)
+
+    def _mix(self, windows: Tensor, real: Tensor | None, kept: list[Tensor] | None = None) -> Tensor:
+        normal = self.norm1(windows)
+        if real is not None:
+            normal = normal.where(real, 0)
+        windows = windows + self.mamba(normal, kept)
+        return windows + self.mlp(self.norm2(windows))
 
 
 class PatchMerging(nn.Module):
@@ -95,9 +177,10 @@ class PatchMerging(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (b, x, y, z, t, c) to (b, x/2, y/2, z/2, t, 2c)."""
-        corners = itertools.product((0, 1), repeat=3)
-        neighbours = torch.cat([tokens[:, i::2, j::2, k::2] for i, j, k in corners], dim=-1)
-        return self.reduce(self.norm(neighbours))
+        b, x, y, z, t, c = tokens.shape
+        tokens = tokens.reshape(b, x // 2, 2, y // 2, 2, z // 2, 2, t, c)
+        tokens = tokens.permute(0, 1, 3, 5, 7, 2, 4, 6, 8).flatten(5)  # (b, x/2, y/2, z/2, t, 8c)
+        return self.reduce(self.norm(tokens))
 
 
 class BlockStack(nn.Module):
@@ -107,18 +190,14 @@ class BlockStack(nn.Module):
         self, channels: int, depth: int, window: Sequence[int], shifted: bool = True, checkpointing: bool = False
     ) -> None:
         super().__init__()
-        self.checkpointing = checkpointing
         self.blocks = nn.ModuleList(
-            WindowBlock(channels, window, shifted=shifted and index % 2 == 1) for index in range(depth)
+            WindowBlock(channels, window, shifted and index % 2 == 1, checkpointing) for index in range(depth)
         )
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map (b, x, y, z, t, c) to the same shape."""
+    def forward(self, tokens: Tensor, brain: Tensor | None = None) -> Tensor:
+        """Map (b, x, y, z, t, c) to the same shape; `brain` as in `WindowBlock`."""
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
+            tokens = block(tokens, brain)
         return tokens
 
 

@@ -1,9 +1,10 @@
 """The commands, each one call into `bundle`; `scripts.demo` strings them together."""
 
-import csv
 import json
 import sys
 from pathlib import Path
+
+import pandas as pd
 
 from bundle.atlas import load_atlas, region_table
 from bundle.checkpoints import release as release_checkpoint
@@ -111,6 +112,4 @@ def release(checkpoint: str, folder: str = "models") -> None:
 
 
 def _print_tsv(rows: list[dict]) -> None:
-    writer = csv.DictWriter(sys.stdout, rows[0].keys(), delimiter="\t", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(sys.stdout, sep="\t", index=False, float_format="%.2f")

@@ -85,7 +85,7 @@ def test_the_test_set_is_scored_once_per_subject(output: Path, store: Path):
     subjects = pd.read_csv(output / "train" / "evaluation" / "subjects.tsv", sep="\t")
     expected = json.loads((store / "splits.json").read_text())["sets"]["test"]
     assert subjects["participant_id"].tolist() == expected
-    assert (subjects["clips"] == 1).all()  # 30 frames hold one clip of 4 every 20 frames
+    assert (subjects["clips"] == 2).all()  # 30 frames hold two clips of 4 that begin 20 frames apart
     scores = json.loads((output / "train" / "evaluation" / "scores.json").read_text())["scores"]
     for score in scores.values():
         assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1

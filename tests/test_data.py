@@ -1,0 +1,125 @@
+"""From store and split file to batches."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bundle.data import PrepareBatch, keep_items, reseed, split_clips
+from bundle.errors import InputError
+from bundle.mask_transforms import AAL3ROIMaskd, RandomTokenMaskd
+from bundle.splits import make_splits, save_splits
+from bundle.store import read_clip, read_manifest, read_voxels, write_manifest, write_record
+from bundle.transforms import ReadClipd, ScatterClipd, TimeLastd
+
+
+def test_sets_hold_their_own_participants_and_every_clip_once(store: Path):
+    sets = json.loads((store / "splits.json").read_text())["sets"]
+    starts = {}
+    for name, members in sets.items():
+        items = split_clips(store, store / "splits.json", name, frames=10, stride=10)
+        assert {item["participant_id"] for item in items} == set(members)
+        starts |= {(item["run_id"], item["start"]): name for item in items}
+    assert len(starts) == 12 * 3  # 30 frames hold three clips of ten
+    participants = [set(members) for members in sets.values()]
+    assert not participants[0] & participants[1] | participants[0] & participants[2] | participants[1] & participants[2]
+
+
+def test_labels_are_the_diagnoses_of_participants_tsv(store: Path):
+    items = split_clips(store, store / "splits.json", "train", labelled=True)
+    assert {item["participant_id"]: item["label"] for item in items} == {
+        item["participant_id"]: float(int(item["participant_id"][4:]) % 2) for item in items
+    }
+
+
+def changed_store(store: Path, folder: Path, **changes: object) -> Path:
+    """A store with the same runs' records, of which those of sub-00 are changed."""
+    manifest = read_manifest(store)
+    for run in manifest["runs"]:
+        (folder / "runs" / run["run_id"]).mkdir(parents=True)
+        write_record(folder, run | (changes if run["participant_id"] == "sub-00" else {}))
+    write_manifest(folder, manifest["parameters"], manifest["parameters_hash"])
+    return folder
+
+
+def test_a_participant_without_a_label_is_refused_only_where_labels_are_needed(store: Path, tmp_path: Path):
+    changed = changed_store(store, tmp_path, diagnosis=None)
+    name = next(
+        n for n, members in json.loads((store / "splits.json").read_text())["sets"].items() if "sub-00" in members
+    )
+    assert split_clips(changed, store / "splits.json", name)
+    with pytest.raises(InputError, match="has no diagnosis"):
+        split_clips(changed, store / "splits.json", name, labelled=True)
+
+
+def test_a_set_of_one_class_is_refused(store: Path, tmp_path: Path):
+    splits = make_splits(read_manifest(store)["runs"], folds=3)
+    members = [p for sets in splits["sets"].values() for p in sets]
+    cases = [p for p in members if int(p[4:]) % 2]
+    by_site = {"train": [p for p in members if p not in cases], "validation": cases[:3], "test": cases[3:]}
+    runs = [
+        {"participant_id": p, "site": name, "diagnosis": 0} for name, group in by_site.items() for p in sorted(group)
+    ]
+    splits = make_splits(runs, folds=3, test_site="test")  # cases only
+    save_splits(splits, tmp_path / "s.json")
+    with pytest.raises(InputError, match="holds only cases"):
+        split_clips(store, tmp_path / "s.json", "test", labelled=True)
+
+
+def test_a_split_file_of_other_participants_is_refused(store: Path, tmp_path: Path):
+    runs = [run for run in read_manifest(store)["runs"] if run["participant_id"] != "sub-03"]
+    save_splits(make_splits(runs, folds=3), tmp_path / "s.json")
+    with pytest.raises(InputError, match="sub-03 of the store is in no set"):
+        split_clips(store, tmp_path / "s.json", "train")
+
+
+def batch_of(store: Path, *masks: object, count: int = 2) -> tuple:
+    items = split_clips(store, store / "splits.json", "train", frames=4, labelled=True)[:count]
+    read = ReadClipd(store, frames=4)
+    prepare = PrepareBatch([ScatterClipd(), *masks, TimeLastd()])
+    return items, prepare(keep_items([read(item) for item in items]))
+
+
+def test_a_batch_holds_the_stored_frames_at_their_voxels(store: Path):
+    items, (image, target, arguments, _) = batch_of(store)
+    assert image.shape == (2, 1, 96, 96, 96, 4)
+    assert type(image) is torch.Tensor
+    assert arguments == ()
+    assert target["participant_id"] == [item["participant_id"] for item in items]
+    assert target["label"].tolist() == [[item["label"]] for item in items]
+    for i, item in enumerate(items):
+        frames, voxels = read_clip(store, item["run_id"], item["start"], 4), read_voxels(store, item["run_id"])
+        dense = image[i, 0].reshape(-1, 4).numpy()  # (X Y Z, T)
+        np.testing.assert_array_equal(dense[voxels], frames.T.astype(np.float32))
+        assert len(np.unique(np.delete(dense, voxels, axis=0))) == 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape"),
+    [
+        (AAL3ROIMaskd("image", ["limbic"]), (2, 1, 96, 96, 96)),
+        (RandomTokenMaskd("image", where="grid"), (2, 1, 96, 96, 96, 4)),
+    ],
+)
+def test_the_mask_is_target_and_second_network_input(store: Path, mask: object, shape: tuple):
+    _, (_, target, (argument,), _) = batch_of(store, mask)
+    assert target["mask"] is argument
+    assert argument.dtype == torch.bool
+    assert argument.shape == shape
+
+
+def test_reseeding_repeats_an_epoch_and_another_seed_does_not(store: Path):
+    mask, read = RandomTokenMaskd("image"), ReadClipd(store, frames=4, random=True)
+    item = split_clips(store, store / "splits.json", "train", frames=4)[0]
+
+    def draws(seed: int) -> tuple[list[int], torch.Tensor]:
+        reseed([read, mask], seed)
+        return [read(item)["start"] for _ in range(8)], mask(ScatterClipd()(read(item)))["mask"]
+
+    first, again, other = draws(1), draws(1), draws(2)
+    assert first[0] == again[0]
+    assert torch.equal(first[1], again[1])
+    assert first[0] != other[0]
+    assert not torch.equal(first[1], other[1])

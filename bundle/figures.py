@@ -42,6 +42,7 @@ def mask_overlay(store: str | Path, run_id: str, png: str | Path, regions: Regio
         cut_coords=6,
         title=f"{regions} on the mean of {run_id}",
         black_bg=True,
+        cmap="autumn",
         alpha=0.6,
     )
     display.savefig(str(png), dpi=100)

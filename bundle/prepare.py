@@ -4,22 +4,24 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from bundle import atlas, grid, store
+from bundle import atlas, grid, run_report, store
 from bundle.bold import TR_RANGE, open_bold
+from bundle.confounds import Cleaning, clean_frames
 from bundle.errors import InputError
 from bundle.sources import Run
 from bundle.transforms import (
@@ -37,41 +39,53 @@ from bundle.transforms import (
 logger = logging.getLogger(__name__)
 
 PARTICIPANT_COLUMNS = ("participant_id", "site", "diagnosis", "participant")
-_STATUSES = ("prepared", "updated", "current", "failed")
+GOOD_OVERLAP = 0.8  # less of the MNI152 brain mask is worth a look
+_STATUSES = ("prepared", "updated", "current", "excluded", "failed")
 _PACKAGES = ("numpy", "scipy", "nibabel", "nilearn", "monai", "torch")
-_Task = TypeVar("_Task")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What shapes a prepared run; a run prepared with other values is prepared again.
+    """What shapes a prepared run, and which runs may enter a store.
 
     Attributes:
         tr: spacing of the stored frames, seconds, 0.1 to 20.
         min_frames: the fewest frames a stored run may have.
         min_overlap: the least share, 0 to 1, of the MNI152 brain mask that a run's brain must contain.
+        min_coverage: a region of which a run's brain contains less than this share, 0 to 1, has low coverage.
+        on_low_coverage: "warn" in the summary and the report, or "exclude" the run (and say so there).
+        cleaning: confound regression, scrubbing and band-pass; none by default.
     """
 
     tr: float = TR_SECONDS
     min_frames: int = CLIP_FRAMES
     min_overlap: float = MIN_OVERLAP
+    min_coverage: float = 0.5
+    on_low_coverage: str = "warn"
+    cleaning: Cleaning = field(default_factory=Cleaning)
 
     def __post_init__(self) -> None:
         if not TR_RANGE[0] <= self.tr <= TR_RANGE[1]:
             raise InputError(f"the prepared TR must be {TR_RANGE[0]} to {TR_RANGE[1]} seconds, not {self.tr}")
         if self.min_frames < 1:
             raise InputError(f"min_frames must be at least 1, not {self.min_frames}")
-        if not 0 <= self.min_overlap <= 1:
-            raise InputError(f"min_overlap must be between 0 and 1, not {self.min_overlap}")
+        for name in ("min_overlap", "min_coverage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if self.on_low_coverage not in ("warn", "exclude"):
+            raise InputError(f"on_low_coverage must be warn or exclude, not {self.on_low_coverage!r}")
 
     def parameters(self) -> dict[str, Any]:
-        """Everything that shapes the result, as JSON values."""
-        return asdict(self) | {
+        """Everything that shapes a stored run, as JSON values; which regions it must cover does not."""
+        return {
+            "tr": self.tr,
+            "min_frames": self.min_frames,
+            "min_overlap": self.min_overlap,
             "grid_shape": list(grid.SHAPE),
             "grid_affine": grid.AFFINE.tolist(),
             "interpolation": "linear in world space and in time",
             "background": f"the given brain mask, else {CONSTANT}",
+            "cleaning": asdict(self.cleaning) if self.cleaning else None,
             "scaling": "z over all brain voxels and frames, population SD",
             "fill": "least z of the run",
             "dtype": "float16",
@@ -83,33 +97,37 @@ class Preparation:
         return hashlib.sha256(json.dumps(self.parameters(), sort_keys=True).encode()).hexdigest()
 
 
+class ExcludedError(InputError):
+    """A run that could be prepared is left out, as the user chose."""
+
+
 def prepare(
     runs: Sequence[Run],
     folder: str | Path,
     preparation: Preparation | None = None,
     workers: int = 1,
-    executor: Executor | None = None,
+    scheduler: str | None = None,
 ) -> dict[str, Any]:
     """Prepare runs into a store; a bad run is listed with its reason and never stops the others.
 
     A run is current, and skipped, when its files' hashes, TR, space and the preparation's parameters are those it was
     prepared with and its arrays are intact. When only its participant's columns changed, only they are rewritten.
-    The store gets summary.tsv, one row per run.
+    The store gets summary.tsv and report.html, one row per run. Interrupted and started again, or shared out among
+    any number of workers, it ends with the same bytes.
 
     Args:
         runs: from `bundle.sources`.
         folder: the store, made if absent.
         preparation: parameters; None takes the defaults.
         workers: processes on this machine; each needs about 2 GiB for a run of 400 frames.
-        executor: used instead of own processes, for example a Dask client's `get_executor()` for many machines that
-            share the files.
+        scheduler: address of a Dask scheduler whose workers are used instead; they must see the same files.
 
     Returns:
         {"rows": one dictionary per run ("run_id", "participant_id", "status", "reason", ...), "prepared": n,
-        "updated": n, "current": n, "failed": n}; the caller decides what a failure means.
+        "updated": n, "current": n, "excluded": n, "failed": n}; the caller decides what a failure means.
 
     Raises:
-        InputError: there are no runs, or a worker process was killed.
+        InputError: there are no runs, a worker process was killed, or Dask cannot be used.
         StoreWriteError: the store cannot be written; nothing half-written is left, and running again goes on.
     """
     if not runs:
@@ -119,30 +137,29 @@ def prepare(
     stored = store.read_records(folder)
     store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
 
-    pool: Any = nullcontext(executor)
-    if executor is None and workers > 1:
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    with pool as active:
-        identities = _each(partial(_identify, preparation), runs, active, "checking")
-        _refuse_duplicates(runs, identities, stored)
+    with each_on(workers, scheduler) as each:
+        identities = identify_all(preparation, runs, stored, each)
         rows = [
-            _plan(run, identity, stored.get(run["run_id"]), folder)
+            _plan(preparation, run, identity, stored.get(run["run_id"]), folder)
             for run, identity in zip(runs, identities, strict=True)
         ]
         todo = [index for index, row in enumerate(rows) if row["status"] == "to do"]
         tasks = [(runs[index], identities[index]) for index in todo]
-        for index, row in zip(
-            todo, _each(partial(_attempt, preparation, folder), tasks, active, "preparing"), strict=True
-        ):
+        for index, row in zip(todo, each(partial(_attempt, preparation, folder), tasks, "preparing"), strict=True):
             rows[index] = row
     for row in rows:
-        if row["status"] == "failed" and row["run_id"] in stored:
+        if row["status"] == "excluded":
+            store.remove_run(folder, row["run_id"])
+        elif row["status"] == "failed" and row["run_id"] in stored:
             row["reason"] += "; the store still holds the version prepared earlier"
 
     store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
-    store.write_text(Path(folder) / "summary.tsv", pd.DataFrame(rows).to_csv(sep="\t", index=False))
+    run_report.write(rows, folder, "summary.tsv", "report.html", f"Prepared runs of {Path(folder).name}")
     counts = {status: sum(row["status"] == status for row in rows) for status in _STATUSES}
     logger.info("%s: %s", folder, ", ".join(f"{count} {status}" for status, count in counts.items()))
+    for row in rows:
+        if row["status"] == "excluded" or row["warnings"]:
+            logger.warning("%s: %s", row["run_id"], row["reason"] or row["warnings"])
     return {"rows": rows} | counts
 
 
@@ -163,17 +180,56 @@ def refuse_failures(folder: str | Path) -> None:
         )
 
 
-def _each(
-    function: Callable[[_Task], _Result], tasks: Sequence[_Task], executor: Executor | None, what: str
-) -> list[_Result]:
-    try:
-        results: Iterable[_Result] = executor.map(function, tasks) if executor else map(function, tasks)
+@contextmanager
+def each_on(workers: int, scheduler: str | None) -> Iterator[Callable[[Callable, Sequence, str], list]]:
+    """Give a function `each(function, tasks, what)` that maps over tasks here, in processes, or on Dask's workers.
+
+    Raises:
+        InputError: Dask is not installed or does not answer, or a worker was killed.
+    """
+
+    def each(function: Callable, tasks: Sequence, what: str) -> list:
+        results = executor.map(function, tasks) if executor else map(function, tasks)
         return list(tqdm(results, total=len(tasks), desc=what, unit="run"))
-    except BrokenExecutor as error:
-        raise InputError(
-            "a worker process ended abruptly, most likely out of memory; run again with fewer workers, "
-            "finished runs are kept"
-        ) from error
+
+    with ExitStack() as stack:
+        executor: Any = None
+        deaths: tuple[type[Exception], ...] = (BrokenExecutor,)
+        if scheduler is not None:
+            executor, killed = _dask_executor(scheduler, stack)
+            deaths = (BrokenExecutor, killed)
+        elif workers > 1:
+            executor = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+        try:
+            yield each
+        except deaths as error:
+            raise InputError(
+                "a worker process ended abruptly, most likely out of memory; run again with fewer workers, "
+                "finished runs are kept"
+            ) from error
+
+
+def _dask_executor(scheduler: str, stack: ExitStack) -> tuple[Executor, type[Exception]]:
+    """An executor on a Dask scheduler's workers, and what it raises when they die."""
+    try:
+        from dask.distributed import Client, KilledWorker
+    except ImportError as error:
+        raise InputError("--scheduler needs Dask; install it with `pip install 'dask[distributed]'`") from error
+    try:
+        client = stack.enter_context(Client(scheduler))
+    except (OSError, ValueError) as error:
+        raise InputError(f"no Dask scheduler answers at {scheduler} ({error}); check the address") from error
+    # pure=False: a task of an earlier call, whose files have changed since, must not be taken for this one
+    return client.get_executor(pure=False), KilledWorker
+
+
+def identify_all(
+    preparation: Preparation, runs: Sequence[Run], stored: Mapping[str, dict], each: Callable
+) -> list[dict[str, Any]]:
+    """What decides whether each run is current, duplicates marked; {"problem": why} where a run cannot be used."""
+    identities = each(partial(_identify, preparation), runs, "checking")
+    _refuse_duplicates(runs, identities, stored)
+    return identities
 
 
 def _identify(preparation: Preparation, run: Run) -> dict[str, Any]:
@@ -187,12 +243,19 @@ def _identify(preparation: Preparation, run: Run) -> dict[str, Any]:
         return {
             "source_sha256": _sha256(files),
             "mask_sha256": None if run["mask"] is None else _sha256([run["mask"]]),
+            "confounds_sha256": _confounds_sha256(run, preparation),
             "tr_in": bold.tr,
             "space": bold.space,
             "parameters_hash": preparation.parameters_hash,
         }
     except InputError as error:
         return {"problem": str(error)}
+
+
+def _confounds_sha256(run: Run, preparation: Preparation) -> str | None:
+    if not (preparation.cleaning.confounds or preparation.cleaning.max_fd) or run["confounds"] is None:
+        return None
+    return _sha256([run["confounds"]])
 
 
 def _sha256(paths: Sequence[str | Path]) -> str:
@@ -229,60 +292,64 @@ def _refuse_duplicates(runs: Sequence[Run], identities: Sequence[dict], stored: 
                 identities[index]["problem"] = f"{names[index]} has the same content as {', '.join(same)}; keep one"
 
 
-def _plan(run: Run, identity: Mapping[str, Any], stored: dict | None, folder: str | Path) -> dict[str, Any]:
+def _plan(
+    preparation: Preparation, run: Run, identity: Mapping[str, Any], stored: dict | None, folder: str | Path
+) -> dict[str, Any]:
     """Decide on one run; rewrites the record where only the participant's columns changed."""
     if "problem" in identity:
-        return _row(run, "failed", reason=identity["problem"])
+        return row_of(run, preparation, "failed", reason=identity["problem"])
     if stored is None or any(stored.get(key) != value for key, value in identity.items()):
-        return _row(run, "to do")
+        return row_of(run, preparation, "to do")
     if not store.is_intact(folder, stored):
-        return _row(run, "to do")
+        return row_of(run, preparation, "to do")
+    if preparation.on_low_coverage == "exclude" and (low := low_coverage(stored, preparation)):
+        return row_of(run, preparation, "excluded", reason=low, record=stored)
     columns = {key: run[key] for key in PARTICIPANT_COLUMNS}
     if all(stored[key] == value for key, value in columns.items()):
-        return _row(run, "current", record=stored)
+        return row_of(run, preparation, "current", record=stored)
     record = stored | columns
     store.write_record(folder, record)
-    return _row(run, "updated", record=record)
+    return row_of(run, preparation, "updated", record=record)
 
 
 def _attempt(preparation: Preparation, folder: str | Path, task: tuple[Run, dict[str, Any]]) -> dict[str, Any]:
     """Prepare one run; its own faults become its row's reason, a store that cannot be written stops the job."""
     run, identity = task
+    return attempt(run, preparation, lambda: StoreRund(folder)(prepared_item(run, identity, preparation)), "prepared")
+
+
+def attempt(run: Run, preparation: Preparation, work: Callable[[], Mapping], status: str) -> dict[str, Any]:
+    """Do one run's work and give its row; what goes wrong with the run becomes the row's reason."""
     try:
-        return _row(run, "prepared", record=prepare_run(run, identity, folder, preparation))
+        return row_of(run, preparation, status, record=work()["record"])
     except store.StoreWriteError:
         raise
+    except ExcludedError as error:
+        return row_of(run, preparation, "excluded", reason=str(error))
     except InputError as error:
-        return _row(run, "failed", reason=str(error))
+        return row_of(run, preparation, "failed", reason=str(error))
     except Exception as error:
         logger.exception("preparing %s failed unexpectedly", run["bold"])
-        return _row(run, "failed", reason=f"{run['bold']} failed unexpectedly: {type(error).__name__}: {error}")
+        reason = f"{run['bold']} failed unexpectedly: {type(error).__name__}: {error}"
+        return row_of(run, preparation, "failed", reason=reason)
 
 
-def prepare_run(run: Run, identity: Mapping[str, Any], folder: str | Path, preparation: Preparation) -> dict[str, Any]:
-    """Bring one run onto the grid, to the TR and to z, and store it.
+def prepared_item(run: Run, identity: Mapping[str, Any], preparation: Preparation) -> dict[Any, Any]:
+    """Bring one run onto the grid, to the TR and to z.
 
     Args:
         run: from `bundle.sources`.
         identity: hashes and the like, to be kept in the record.
-        folder: the store.
         preparation: parameters.
 
     Returns:
-        The run's record, as in run.json.
+        "bold" (T, V) float16 z, "voxels" (V,), "fill", and "record", as in run.json.
 
     Raises:
-        InputError: the run cannot be used.
-        StoreWriteError: the store cannot be written.
+        InputError: the run cannot be used (`ExcludedError`: it is left out by choice).
     """
     item: dict[Any, Any] = {key: run[key] for key in ("bold", "mask", "tr", "space")}
-    for step in (
-        LoadBOLDd(),
-        ToGridd(min_overlap=preparation.min_overlap),
-        ResampleTRd(tr=preparation.tr, min_frames=preparation.min_frames),
-        ZScored(),
-    ):
-        item = step(item)
+    item = ToGridd(min_overlap=preparation.min_overlap)(LoadBOLDd()(item))
     brain = np.zeros(grid.SHAPE, bool)
     brain.ravel()[item["voxels"]] = True
     labels = atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE)
@@ -290,15 +357,53 @@ def prepare_run(run: Run, identity: Mapping[str, Any], folder: str | Path, prepa
         "run_id": run["run_id"],
         **{key: run[key] for key in PARTICIPANT_COLUMNS},
         **identity,
+        "voxels": len(item["voxels"]),
         "coverage": atlas.region_coverage(labels, brain),
+        "cleaning": None,
         "versions": {package: version(package) for package in _PACKAGES},
     }
-    return StoreRund(folder)(item)["record"]
+    if preparation.on_low_coverage == "exclude" and (low := low_coverage(item["record"], preparation)):
+        raise ExcludedError(low)
+    if preparation.cleaning:
+        item["bold"], item["record"]["cleaning"] = clean_frames(
+            item["bold"], item["record"]["tr_in"], preparation.cleaning, Path(run["bold"]), run["confounds"]
+        )
+    item = ResampleTRd(tr=preparation.tr, min_frames=preparation.min_frames)(item)
+    return ZScored()(item)
 
 
-def _row(run: Run, status: str, reason: str = "", record: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    row = {"run_id": run["run_id"], "participant_id": run["participant_id"], "status": status, "reason": reason}
-    if record is not None:
-        row |= {key: record[key] for key in ("frames", "voxels", "mean", "sd", "mni_overlap")}
-        row |= {f"coverage_{region}": share for region, share in record["coverage"].items()}
-    return row
+def low_coverage(record: Mapping[str, Any], preparation: Preparation) -> str:
+    """One sentence on the regions that a run covers too little, or nothing."""
+    low = {name: share for name, share in record["coverage"].items() if share < preparation.min_coverage}
+    if not low:
+        return ""
+    listed = ", ".join(f"{name} {share:.0%}" for name, share in low.items())
+    return f"{record['run_id']} covers less than {preparation.min_coverage:.0%} of {listed}"
+
+
+def row_of(
+    run: Run, preparation: Preparation, status: str, reason: str = "", record: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A run's row of the summary and the reports."""
+    row = {key: run[key] for key in ("run_id", "participant_id", "site", "diagnosis")}
+    row |= {"status": status, "reason": reason, "warnings": ""}
+    if record is None:
+        return row
+    row["warnings"] = "; ".join(_warnings(record, preparation))
+    row |= {key: record[key] for key in ("axcodes_in", "space", "tr_in", "tr_source", "frames_in", "frames")}
+    sizes = nib.affines.voxel_sizes(np.array(record["affine_in"]))
+    row["voxel_mm"] = " x ".join(f"{size:.4g}" for size in sizes)
+    row |= {key: record[key] for key in ("voxels", "mean", "sd", "mni_overlap")}
+    row |= {f"coverage_{region}": share for region, share in record["coverage"].items()}
+    row["censored"] = record["cleaning"]["censored"] if record["cleaning"] else 0
+    return row | {"source": record["source"], "source_sha256": record["source_sha256"]}
+
+
+def _warnings(record: Mapping[str, Any], preparation: Preparation) -> list[str]:
+    found = [low_coverage(record, preparation)]
+    if record["mni_overlap"] < GOOD_OVERLAP:
+        found.append(f"only {record['mni_overlap']:.0%} of the MNI brain is covered")
+    missing = [name for name in ("site", "diagnosis") if record[name] is None]
+    if missing:
+        found.append(f"no {' and no '.join(missing)}")
+    return [warning for warning in found if warning]

@@ -71,6 +71,19 @@ def write_record(store: str | Path, record: dict) -> None:
     write_text(Path(store) / "runs" / record["run_id"] / "run.json", _json(record))
 
 
+def remove_run(store: str | Path, run_id: str) -> None:
+    """Take a run out of the store; nothing happens where it holds no such run.
+
+    Raises:
+        StoreWriteError: the store cannot be written.
+    """
+    target = Path(store) / "runs" / run_id
+    if target.is_dir():
+        with _unfinished_beside(target) as away:
+            target.rename(away)  # at once: a reader never sees half a run
+            _remove(away)
+
+
 def write_manifest(store: str | Path, parameters: dict, parameters_hash: str) -> dict:
     """Rebuild manifest.json from the runs' folders and return it (see `read_manifest`).
 

@@ -225,27 +225,47 @@ def test_killed_in_the_middle_the_store_is_valid_and_running_again_goes_on(files
     assert sorted(path.name for path in (files / "store/runs").iterdir()) == ["sub-a", "sub-b", "sub-c"]
 
 
-def test_many_workers_give_what_one_gives(files):
+def contents(folder):
+    """Every file of a store, as bytes by path."""
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_many_processes_give_what_one_gives_to_the_byte(files):
     runs = [run_of(files / f"{name}.nii.gz", f"sub-{name}") for name in ("a", "cut", "b")]
-    one = prepare(runs, files / "one")
-    assert prepare(runs, files / "two", workers=2) == one
-    with ThreadPoolExecutor(2) as threads:
-        assert prepare(runs, files / "three", executor=threads) == one
-    for folder in ("two", "three"):
-        assert store.read_manifest(files / folder) == store.read_manifest(files / "one")
-        for run_id in ("sub-a", "sub-b"):
-            first, second = (files / name / "runs" / run_id / "frames.npy" for name in ("one", folder))
-            assert first.read_bytes() == second.read_bytes()
+    one = prepare(runs, files / "one" / "store")
+    assert prepare(runs, files / "two" / "store", workers=2) == one
+    assert contents(files / "two") == contents(files / "one")
+
+
+def test_dask_gives_what_one_process_gives_to_the_byte(files):
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed; pip install 'dask[distributed]'")
+    runs = [run_of(files / f"{name}.nii.gz", f"sub-{name}") for name in ("a", "cut", "b")]
+    one = prepare(runs, files / "one" / "store")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", dashboard_address=None
+    ) as cluster:
+        assert prepare(runs, files / "dask" / "store", scheduler=cluster.scheduler_address) == one
+    assert contents(files / "dask") == contents(files / "one")
+
+
+def test_a_scheduler_that_does_not_answer_is_said_plainly(files):
+    pytest.importorskip("distributed", reason="Dask is not installed; pip install 'dask[distributed]'")
+    with pytest.raises(InputError, match=r"no Dask scheduler answers at nonsense://1"):
+        prepare([run_of(files / "a.nii.gz", "sub-a")], files / "store", scheduler="nonsense://1")
 
 
 class DyingPool(ThreadPoolExecutor):
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
     def map(self, *args):
         raise BrokenProcessPool("a process was terminated abruptly")
 
 
-def test_a_killed_worker_is_said_plainly(files):
-    with DyingPool() as pool, pytest.raises(InputError, match="fewer workers"):
-        prepare([run_of(files / "a.nii.gz", "sub-a")], files / "store", executor=pool)
+def test_a_killed_worker_is_said_plainly(files, monkeypatch):
+    monkeypatch.setattr(module, "ProcessPoolExecutor", DyingPool)
+    with pytest.raises(InputError, match="fewer workers"):
+        prepare([run_of(files / "a.nii.gz", "sub-a")], files / "store", workers=2)
 
 
 def test_parameters_decide_the_hash():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bundle.errors import InputError
-from bundle.networks.swin_mamba import BlockStack, SwinMambaEncoder, join_patches, split_patches
+from bundle.networks.swin_mamba import BlockStack, SwinMambaEncoder, halve, join_patches, split_patches
 
 MASK_TOKENS = ("region", "random", "window")
 HIDE = ("any", "majority")
@@ -37,9 +37,9 @@ class DecoderStage(nn.Module):
         self.expand = PatchExpanding(2 * channels)
         self.stack = stack
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, brain: Tensor | None = None) -> Tensor:
         """Map (b, x, y, z, t, 2c) to (b, 2x, 2y, 2z, t, c)."""
-        return self.stack(self.expand(tokens))
+        return self.stack(self.expand(tokens), brain)
 
 
 class Decoder(nn.Module):
@@ -62,10 +62,18 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.predict = nn.Linear(embed_dim, patch_size**3)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map features (b, x, y, z, t, c) to patches (b, 8x, 8y, 8z, t, voxels) with four stages."""
-        for stage in self.stages:
-            tokens = stage(tokens)
+    def forward(self, tokens: Tensor, brain: Tensor | None = None) -> Tensor:
+        """Map features (b, x, y, z, t, c) to patches (b, 8x, 8y, 8z, t, voxels) with four stages.
+
+        Args:
+            tokens: the encoder's result.
+            brain: bool (8x, 8y, 8z), as in `WindowBlock`, at the resolution of the patches.
+        """
+        levels = [brain]
+        for _ in self.stages[1:]:
+            levels.append(None if levels[-1] is None else halve(levels[-1]))
+        for stage, level in zip(self.stages, reversed(levels), strict=True):
+            tokens = stage(tokens, level)
         return self.predict(self.norm(tokens))
 
 
@@ -136,9 +144,10 @@ class MaskedAutoencoder(nn.Module):
     def reconstruct(self, image: Tensor, hidden: Tensor) -> Tensor:
         """Reconstruct (B, 1, X, Y, Z, T) with tokens hidden where `hidden` (B, x, y, z, T or 1) is True."""
         tokens = self.encoder.embed(image)
+        brain = self.encoder.brain_tokens(image)
         hidden = self.encoder.mirror(hidden, axis=1).unsqueeze(-1)  # (B, x, y, z, T or 1, 1)
         tokens = torch.where(hidden, self._filling(tokens).to(tokens.dtype), tokens)
-        patches = self.decoder(self.encoder.encode(tokens))
+        patches = self.decoder(self.encoder.encode(tokens, brain), brain)
         return self.encoder.mirror(join_patches(patches, self.encoder.patch_size), axis=2)
 
     def _filling(self, tokens: Tensor) -> Tensor:

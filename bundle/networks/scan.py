@@ -158,7 +158,7 @@ class _SelectiveScan(torch.autograd.Function):
                 grad_exponent = gains.mul_(grads)
                 grad_exponent[:, 0] *= start
                 grad_exponent[:, 1:] *= states[:, :-1]
-                torch.sum(torch.mul(grad_exponent, decay, out=states), dim=2, out=grad_delta[at])
+                grad_delta[at] = torch.mul(grad_exponent, decay, out=states).sum(2)
                 grad_decay += torch.mul(grad_exponent, delta[at].unsqueeze(2), out=states).sum((0, 1))
         grad_delta += grad_drive * u
         grad_u = (grad_drive * delta).addcmul_(D, grad_y)

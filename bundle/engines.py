@@ -8,6 +8,7 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from torch.utils.data import DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 
 from bundle.data import reseed
@@ -37,6 +38,9 @@ class ReseedEachEpoch:
         """Reseed for the epoch that starts."""
         entropy = np.random.SeedSequence([self.seed, engine.state.epoch, idist.get_rank()])
         reseed(self.transforms, int(entropy.generate_state(1)[0]))
+        sampler = getattr(engine.state.dataloader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):  # its own order depends on the epoch alone
+            sampler.set_epoch(engine.state.epoch)
 
 
 class ReconstructionImages:

@@ -229,3 +229,23 @@ def test_the_command_line_works_from_a_foreign_directory(store: Path, tmp_path: 
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["best.pt", "last.pt", "tensorboard"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_train_one_network_and_validate_every_clip_once(store: Path, tmp_path: Path):
+    """`torchrun` with gloo on the CPU stands in for several GPUs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "monai.bundle", "run", "pretrain"]
+    command += ["--config_file", str([str(CONFIGS / "pretrain.json"), str(CONFIGS / "multi_gpu.json")])]
+    command += ["--bundle_root", str(ROOT), "--dataset_dir", str(store), "--output_dir", str(tmp_path / "two")]
+    for name, value in (TINY | {"batch_size": 1}).items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    saved = load_checkpoint(tmp_path / "two" / "last.pt")
+    assert saved["trainer"]["epoch_length"] == 4  # 8 clips of the train set in two processes
+    alone = workflow("pretrain", dataset_dir=str(store), output_dir=str(tmp_path / "alone"))
+    alone.initialize()
+    alone.network_def.load_state_dict(saved["network"])
+    evaluator = alone.parser.get_parsed_content("validate#evaluator")
+    evaluator.run()
+    assert evaluator.state.metrics["val_masked_mse"] == pytest.approx(-saved["best"]["metric"], rel=1e-6)

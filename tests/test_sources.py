@@ -1,4 +1,4 @@
-"""Lists of runs: BIDS layouts, tables, labels and what is refused.
+"""Lists of runs: every layout, labels and what is refused.
 
 Pitfall 2. Not covered here: opening the files (test_bold.py).
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bundle.errors import InputError
-from bundle.sources import from_bids, from_table
+from bundle.sources import find_runs, from_bids, from_table
 
 NAME = "_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold.nii.gz"
 PARTICIPANTS = "participant_id\tsite\tdiagnosis\tage\nsub-01\tA\tADHD\t9.5\nsub-02\tB\tcontrol\tn/a\n"
@@ -162,3 +162,142 @@ def test_tables_that_are_no_tables_are_refused(tmp_path):
         from_table(touch(tmp_path / "runs.xlsx"))
     with pytest.raises(InputError, match="cannot be read"):
         from_table(tmp_path / "absent.csv")
+
+
+# --- other layouts ----------------------------------------------------------------------------------------------------
+
+PHENOTYPES = (
+    "ScanDir ID\tSite\tGender\tAge\tDX\tFull4 IQ\tQC_Athena\n"
+    "10042\t5\t1\t9.5\t0\t-999\t1\n"
+    "1000804\t1\t0\t12.0\t3\t110\t1\n"
+    "10050\t2\t0\t12.0\tpending\t100\t1\n"
+    "10051\t8\t0\t12.0\twithheld\t100\t1\n"
+    "10052\t3\t0\t12.0\t-999\t100\t1\n"
+)
+
+
+@pytest.fixture
+def athena(tmp_path):
+    root = tmp_path / "adhd200"
+    touch(root / "adhd200_preprocessed_phenotypics.tsv", PHENOTYPES)
+    for name in ("0010042_session_1_rest_1", "0010042_session_1_rest_2", "0010042_session_2_rest_1"):
+        touch(root / f"NYU/0010042/sfnwmrda{name}.nii.gz")
+    for name in ("1000804", "0010050", "0010051", "0010052", "0019999"):
+        touch(root / f"Peking_1/{name}/sfnwmrda{name}_session_1_rest_1.nii.gz")
+    touch(root / "NYU/0010042/wssd0010042_session_1_anat.nii.gz")
+    return root
+
+
+def test_adhd200_keeps_every_subject_session_and_run_apart(athena):
+    runs = {run["run_id"]: run for run in find_runs(athena)}
+    assert [run_id for run_id in runs if "10042" in run_id] == [
+        "sub-0010042_ses-1_task-rest_run-1", "sub-0010042_ses-1_task-rest_run-2", "sub-0010042_ses-2_task-rest_run-1",
+    ]  # fmt: skip
+    assert len(runs) == 8
+    first = runs["sub-0010042_ses-1_task-rest_run-1"]
+    assert (first["participant_id"], first["site"], first["diagnosis"]) == ("sub-0010042", "NYU", 0)
+    assert first["participant"] == {"Gender": 1, "Age": 9.5, "Full4 IQ": None, "QC_Athena": 1, "DX": "TDC"}
+    assert (first["space"], first["tr"]) == ("MNI152", None)
+    case = runs["sub-1000804_ses-1_task-rest_run-1"]
+    assert (case["site"], case["diagnosis"], case["participant"]["DX"]) == ("Peking", 1, "ADHD-Inattentive")
+
+
+@pytest.mark.parametrize(
+    ("subject", "reason"),
+    [
+        ("0010050", "no diagnosis (DX is 'pending')"),
+        ("0010051", "no diagnosis (DX is 'withheld')"),
+        ("0010052", "no diagnosis (DX is '-999')"),
+        ("0019999", "no row in the phenotypic table"),
+    ],
+)
+def test_adhd200_names_missing_labels(athena, subject, reason):
+    (run,) = [run for run in find_runs(athena) if subject in run["run_id"]]
+    assert reason in run["problem"]
+    assert run["diagnosis"] is None
+    (run,) = [run for run in find_runs(athena, labels="optional") if subject in run["run_id"]]
+    assert "problem" not in run
+
+
+def test_adhd200_site_tables_are_joined_and_must_agree(athena):
+    (athena / "adhd200_preprocessed_phenotypics.tsv").unlink()
+    touch(athena / "NYU/NYU_phenotypic.csv", "ScanDir ID,Site,DX\n10042,5,0\n")
+    touch(athena / "Peking_1/Peking_1_phenotypic.csv", "ScanDirID,Site,Dx\n1000804,1,1\n")
+    labels = {run["participant_id"]: run["diagnosis"] for run in find_runs(athena)}
+    assert (labels["sub-0010042"], labels["sub-1000804"]) == (0, 1)
+    touch(athena / "general.csv", "ScanDir ID,Site,DX\n10042,5,2\n")
+    with pytest.raises(InputError, match=r"10042 another site or diagnosis"):
+        find_runs(athena)
+    touch(athena / "general.csv", "ScanDir ID,Site,DX\n10042,5,7\n")
+    with pytest.raises(InputError, match="DX 7 for 10042"):
+        find_runs(athena)
+
+
+def test_adhd200_filtered_and_unfiltered_are_not_mixed(athena):
+    touch(athena / "NYU/0010042/snwmrda0010042_session_1_rest_1.nii.gz")
+    with pytest.raises(InputError, match="choose one with a glob"):
+        find_runs(athena)
+    assert len(find_runs(f"{athena}/**/sfnwmrda*.nii.gz")) == 8
+    (run,) = find_runs(f"{athena}/**/snwmrda*.nii.gz")
+    assert run["site"] == "NYU"  # the phenotypes lie in the folder where the glob begins
+
+
+def test_nilearns_adhd_sample(tmp_path):
+    root = tmp_path / "adhd"
+    touch(
+        root / "ADHD200_40subs_motion_parameters_and_phenotypics.csv",
+        '"Subject","RestScan","MeanFD","age","sex","tdc","adhd","adhd_inattentive","site"\n'
+        '10042,"rest_1",0.1,9.5,"F",1,0,0,"NYU"\n1552181,"rest_1",0.2,8,"M",0,1,1,"KKI"\n',
+    )
+    for name in ("0010042", "1552181"):
+        touch(root / f"data/{name}/{name}_rest_tshift_RPI_voreg_mni.nii.gz")
+        touch(root / f"data/{name}/{name}_regressors.csv")
+    control, case = find_runs(root)
+    assert (control["run_id"], control["site"], control["diagnosis"]) == ("sub-0010042_task-rest", "NYU", 0)
+    assert (case["site"], case["diagnosis"], case["participant"]["MeanFD"]) == ("KKI", 1, 0.2)
+    assert case["confounds"].name == "1552181_regressors.csv"
+
+
+def test_a_folder_a_glob_and_a_file(tmp_path):
+    for name in ("a/rest.nii.gz", "b c/rest.nii", "b c/rest_mask.nii", "sub-07_task-x_bold.nii"):
+        touch(tmp_path / "data" / name)
+    touch(tmp_path / "data/notes.txt")
+    runs = find_runs(tmp_path / "data", labels="optional")
+    assert [run["run_id"] for run in runs] == ["a_rest", "b-c_rest", "sub-07_task-x"]
+    assert [run["run_id"] for run in find_runs(f"{tmp_path}/data/*/rest.nii*", labels="optional")] == [
+        "a_rest",
+        "b-c_rest",
+    ]
+    (run,) = find_runs(tmp_path / "data/a/rest.nii.gz", labels="optional", tr=2.0, space="MNI")
+    assert (run["run_id"], run["tr"], run["space"]) == ("rest", 2.0, "MNI")
+    touch(tmp_path / "labels.csv", "participant_id,site,diagnosis\na_rest,A,1\n")
+    first, second, _ = find_runs(tmp_path / "data", participants=tmp_path / "labels.csv")
+    assert (first["diagnosis"], "no row" in second["problem"]) == (1, True)
+
+
+def test_the_layout_is_logged_and_never_guessed_between_two(athena, caplog):
+    with caplog.at_level("INFO"):
+        find_runs(athena)
+    assert "has the layout adhd200" in caplog.text
+    touch(athena / "data/0010042/0010042_rest_tshift_RPI_voreg_mni.nii.gz")
+    with pytest.raises(InputError, match="looks like adhd200 and nilearn-adhd; say which with --layout"):
+        find_runs(athena)
+    assert len(find_runs(athena, layout="adhd200")) == 8
+
+
+@pytest.mark.parametrize(
+    ("source", "layout", "words"),
+    [
+        ("absent", "auto", "does not exist"),
+        ("empty", "auto", r"holds no \.nii"),
+        ("empty", "adhd200", "no phenotypic table"),
+        ("raw", "auto", "holds no sub-.*space-MNI"),
+        ("raw", "bids200", "layout must be one of auto, bids"),
+        ("raw/*_nothing.nii", "auto", r"holds no \.nii"),
+    ],
+)
+def test_sources_without_runs_are_refused(tmp_path, source, layout, words):
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path / "raw/sub-01/func/sub-01_task-rest_bold.nii.gz")
+    with pytest.raises(InputError, match=words):
+        find_runs(tmp_path / source, layout=layout)

@@ -101,7 +101,6 @@ def picture(values: np.ndarray, voxels: np.ndarray) -> bytes:
     display.add_contours(_image(_regions()), levels=levels, cmap="rainbow", linewidths=0.5)
     file = io.BytesIO()
     figure.savefig(file, dpi=80, facecolor="black")
-    display.close()
     return file.getvalue()
 
 

@@ -170,13 +170,20 @@ def refuse_failures(folder: str | Path) -> None:
         InputError: at least one run failed; names how many, the first and its reason.
     """
     path = Path(folder) / "summary.tsv"
-    rows = pd.read_csv(path, sep="\t", keep_default_na=False)
-    failed = rows[rows["status"] == "failed"]
-    if len(failed):
-        first = failed.iloc[0]
+    refuse_failed_rows(pd.read_csv(path, sep="\t", keep_default_na=False).to_dict("records"))
+
+
+def refuse_failed_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Turn failures among rows into an error.
+
+    Raises:
+        InputError: at least one run failed; names how many, the first and its reason.
+    """
+    failed = [row for row in rows if row["status"] == "failed"]
+    if failed:
         raise InputError(
-            f"{len(failed)} of {len(rows)} runs failed and the others are done; the first is {first['run_id']}: "
-            f"{first['reason']} (all are in {path})"
+            f"{len(failed)} of {len(rows)} runs failed and the others are done; the first is {failed[0]['run_id']}: "
+            f"{failed[0]['reason']} (all are in the summary and the report)"
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
 from bundle.errors import InputError
-from bundle.store import write_text
+from bundle.store import check_run_id, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,43 @@ def make_splits(
         "sets": sets,
         "sha256": _hash(sets),
     }
+
+
+def make_all_splits(runs: Iterable[dict], folds: int = 10, seed: int = 0, by_site: bool = False) -> dict[str, dict]:
+    """Make every split of a cross-validation, in which each participant is tested once.
+
+    Args:
+        runs: as for ``make_splits``.
+        folds: number of folds.
+        seed: seed of the shuffle, the same for all.
+        by_site: leave each site out in turn, instead of each fold.
+
+    Returns:
+        Splits (see ``make_splits``) by name, ``fold-0`` ... or ``site-<name>`` ....
+
+    Raises:
+        InputError: as ``make_splits``, or only one site to leave out, or a site that cannot be a file's name.
+    """
+    rows = list(runs)
+    if not by_site:
+        return {f"fold-{fold}": make_splits(rows, folds, fold, seed) for fold in range(folds)}
+    sites = sorted({site for site, _ in participant_strata(rows).values()})
+    if len(sites) < 2:
+        raise InputError(f"there is only the site {sites[0]}, so none can be left out; use folds")
+    for site in sites:
+        check_run_id(site)
+    return {f"site-{site}": make_splits(rows, folds, 0, seed, test_site=site) for site in sites}
+
+
+def save_all_splits(
+    runs: Iterable[dict], folder: str | Path, folds: int = 10, seed: int = 0, by_site: bool = False
+) -> list[dict]:
+    """Write every split of a cross-validation as FOLDER/<name>.json, and return their counts, a ``file`` per row."""
+    rows = list(runs)
+    made = make_all_splits(rows, folds, seed, by_site)
+    for name, splits in made.items():
+        save_splits(splits, Path(folder) / f"{name}.json")
+    return [{"file": f"{name}.json"} | row for name, splits in made.items() for row in count_table(splits, rows)]
 
 
 def participant_strata(runs: Iterable[dict]) -> dict[str, tuple[str, str]]:

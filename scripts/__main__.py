@@ -6,13 +6,15 @@ import sys
 import fire
 
 from bundle.errors import InputError
-from scripts.commands import convert, overlay, prepare, regions, release, splits, synthesize
+from scripts.commands import convert, export, overlay, preflight, prepare, regions, release, splits, synthesize
 from scripts.demo import demo
 
 COMMANDS = {
     "demo": demo,
     "synthesize": synthesize,
+    "preflight": preflight,
     "prepare": prepare,
+    "export": export,
     "splits": splits,
     "regions": regions,
     "overlay": overlay,

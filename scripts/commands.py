@@ -8,12 +8,15 @@ import pandas as pd
 
 from bundle.atlas import load_atlas, region_table
 from bundle.checkpoints import release as release_checkpoint
+from bundle.confounds import Cleaning
 from bundle.convert import convert_file
+from bundle.export import export_run
 from bundle.figures import mask_overlay
-from bundle.prepare import Preparation, refuse_failures
+from bundle.preflight import preflight as look_at_runs
+from bundle.prepare import Preparation, refuse_failed_rows, refuse_failures
 from bundle.prepare import prepare as prepare_runs
 from bundle.sources import find_runs
-from bundle.splits import count_table, make_splits, save_splits
+from bundle.splits import count_table, make_splits, save_all_splits, save_splits
 from bundle.store import read_manifest
 from bundle.synthetic import make_cohort
 
@@ -41,38 +44,150 @@ def synthesize(folder: str, subjects: int = 24, effect: float = 0.8, seed: int =
     make_cohort(folder, subjects=subjects, effect=effect, seed=seed, duration_s=duration_s)
 
 
-def prepare(source: str, store: str, labels: str = "required", workers: int = 1, min_overlap: float = 0.6) -> None:
+def prepare(
+    source: str,
+    store: str,
+    dry_run: bool = False,
+    layout: str = "auto",
+    participants: str | None = None,
+    labels: str = "required",
+    tr: float | None = None,
+    space: str | None = None,
+    min_overlap: float = 0.6,
+    min_coverage: float = 0.5,
+    on_low_coverage: str = "warn",
+    confounds: str | tuple = (),
+    max_fd: float | None = None,
+    high_pass: float | None = None,
+    low_pass: float | None = None,
+    workers: int = 1,
+    scheduler: str | None = None,
+) -> None:
     """Bring runs in MNI space onto the 2 mm grid and to 0.8 s, z-score them, and store them.
 
     Run again, it does only what is not done or has changed. A run that cannot be used never stops the others: it
-    is named at the end and in STORE/summary.tsv, and the exit status is then not 0.
+    is named at the end, in STORE/summary.tsv and in STORE/report.html, and the exit status is then not 0.
 
     Args:
-        source: BIDS derivatives folder, or a .csv or .tsv table with columns participant_id and bold and, if you
-            like, mask, tr, space, site, diagnosis.
+        source: folder (BIDS derivatives, ADHD-200, nilearn's ADHD sample, or plain NIfTI files), glob in quotes, or a
+            .csv or .tsv table with columns participant_id and bold and, if you like, mask, confounds, tr, space,
+            site, diagnosis.
         store: folder of the prepared store.
+        dry_run: store nothing; write what `preflight` writes, to STORE-preflight.
+        layout: auto, bids, adhd200, nilearn-adhd, files or table.
+        participants: table of participants (ADHD-200: of phenotypes), if it is not beside the runs.
         labels: "required", or "optional" to prepare runs without a diagnosis too (for pretraining).
-        workers: runs prepared at a time, each by a process of its own.
+        tr: repetition time of every run, seconds, over what the files say.
+        space: your word that every run is in this space, e.g. MNI.
         min_overlap: least share of the MNI152 brain mask that a run must cover.
+        min_coverage: share of each of the seven regions below which a run's coverage is low.
+        on_low_coverage: "warn" or "exclude".
+        confounds: to regress out: strategies of nilearn's load_confounds, e.g. motion,wm_csf, or "table" for the run's
+            own table; none by default.
+        max_fd: censor frames with more framewise displacement, mm; none by default.
+        high_pass: lowest frequency kept, Hz; all by default.
+        low_pass: highest frequency kept, Hz; all by default.
+        workers: runs prepared at a time, each by a process of its own.
+        scheduler: address of a Dask scheduler, e.g. tcp://host:8786, to use its workers instead.
     """
-    prepare_runs(find_runs(source, labels), store, Preparation(min_overlap=min_overlap), workers=workers)  # type: ignore[arg-type]
-    refuse_failures(store)
+    chosen = (confounds,) if isinstance(confounds, str) else tuple(confounds)
+    cleaning = Cleaning(chosen, max_fd, high_pass, low_pass)
+    preparation = Preparation(
+        min_overlap=min_overlap, min_coverage=min_coverage, on_low_coverage=on_low_coverage, cleaning=cleaning
+    )
+    runs = find_runs(source, labels, layout, participants, tr, space)  # type: ignore[arg-type]
+    if dry_run:
+        refuse_failed_rows(look_at_runs(runs, f"{store.rstrip('/')}-preflight", preparation, workers, scheduler))
+    else:
+        prepare_runs(runs, store, preparation, workers, scheduler)
+        refuse_failures(store)
+
+
+def preflight(
+    source: str,
+    report: str = "preflight",
+    layout: str = "auto",
+    participants: str | None = None,
+    labels: str = "required",
+    tr: float | None = None,
+    space: str | None = None,
+    min_overlap: float = 0.6,
+    min_coverage: float = 0.5,
+    pictures: bool = True,
+    workers: int = 1,
+    scheduler: str | None = None,
+) -> None:
+    """Look at every run as preparation would, store nothing, and report: a sortable page with pictures, and TSV.
+
+    Args:
+        source: as for `prepare`.
+        report: folder for preflight.html and preflight.tsv.
+        layout: as for `prepare`.
+        participants: as for `prepare`.
+        labels: as for `prepare`.
+        tr: as for `prepare`.
+        space: as for `prepare`.
+        min_overlap: as for `prepare`.
+        min_coverage: as for `prepare`.
+        pictures: draw each run's mean BOLD with contours of its brain mask and of the regions.
+        workers: as for `prepare`.
+        scheduler: as for `prepare`.
+    """
+    preparation = Preparation(min_overlap=min_overlap, min_coverage=min_coverage)
+    runs = find_runs(source, labels, layout, participants, tr, space)  # type: ignore[arg-type]
+    refuse_failed_rows(look_at_runs(runs, report, preparation, workers, scheduler, pictures))
+
+
+def export(
+    store: str,
+    run: str,
+    out: str,
+    units: str = "original",
+    start: int = 0,
+    frames: int | None = None,
+    array: str | None = None,
+) -> None:
+    """Write a stored run, or an array on its grid, as NIfTI in MNI space.
+
+    Args:
+        store: the prepared store.
+        run: run id, e.g. sub-01_task-rest.
+        out: .nii or .nii.gz to write.
+        units: "original" undoes the z-scores; "z" leaves values as they are.
+        start: first frame.
+        frames: how many; by default all from the first.
+        array: .npy or .pt file to write instead of the run, e.g. a reconstruction or an attribution map.
+    """
+    export_run(store, run, out, units, start, frames, array)
 
 
 def splits(
-    store: str, file: str | None = None, folds: int = 10, fold: int = 0, seed: int = 0, test_site: str | None = None
+    store: str,
+    file: str | None = None,
+    folds: int = 10,
+    fold: int = 0,
+    seed: int = 0,
+    test_site: str | None = None,
+    all_folds: bool = False,
+    all_sites: bool = False,
 ) -> None:
     """Split the subjects of a store by site and diagnosis, write the split file and print its counts as TSV.
 
     Args:
         store: the prepared store.
-        file: split file to write; by default STORE/splits.json.
+        file: split file to write; by default STORE/splits.json. With all_folds or all_sites a folder, by default
+            STORE/splits.
         folds: equal folds, of which one tests and one validates; 10 give 8:1:1.
         fold: which fold tests.
         seed: seed of the shuffle.
         test_site: leave this site out for testing instead.
+        all_folds: write fold-0.json, fold-1.json ..., each fold testing once.
+        all_sites: write site-<name>.json for each site left out once.
     """
     runs = read_manifest(store)["runs"]
+    if all_folds or all_sites:
+        _print_tsv(save_all_splits(runs, file or Path(store) / "splits", folds, seed, by_site=all_sites))
+        return
     made = make_splits(runs, folds=folds, fold=fold, seed=seed, test_site=test_site)
     save_splits(made, file or Path(store) / "splits.json")
     _print_tsv(count_table(made, runs))

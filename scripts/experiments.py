@@ -1,0 +1,43 @@
+"""Commands for whole experiments: the sweep over masking strategies, its report, and the truth test."""
+
+from bundle.errors import InputError
+from bundle.report import write_report
+from bundle.statistics import finished_cells
+from bundle.sweep import read_sweep, run_sweep
+
+
+def sweep(
+    config: str,
+    store: str | None = None,
+    results: str | None = None,
+    workers: int = 1,
+    scheduler: str | None = None,
+) -> None:
+    """Run masking strategies x seeds x folds and baselines, then write the report; run again, it goes on.
+
+    Every cell pretrains, trains a classifier on the frozen encoder and tests it once over subjects. What is finished is
+    never run again. A cell that fails stops no other; it is named at the end, and the exit status is then 1.
+
+    Args:
+        config: JSON file of the sweep, e.g. configs/sweeps/paper.json.
+        store: prepared store, instead of the file's.
+        results: folder of the results, instead of the file's.
+        workers: cells at a time on this machine.
+        scheduler: address of a Dask scheduler, e.g. tcp://host:8786, whose workers run the cells instead.
+    """
+    plan = read_sweep(config, store=store, results=results)
+    failures = run_sweep(plan, workers=workers, scheduler=scheduler)
+    if finished_cells(plan.results):
+        write_report(plan.results)
+    if failures:
+        raise InputError(f"{len(failures)} cells failed; run again to go on. " + "; ".join(failures))
+
+
+def report(results: str, resamples: int = 2000) -> None:
+    """Write report.html and report.md of a results folder, from that folder alone.
+
+    Args:
+        results: folder of a sweep's results.
+        resamples: bootstrap resamples and permutations.
+    """
+    write_report(results, resamples=resamples)

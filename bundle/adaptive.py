@@ -6,7 +6,7 @@ The future work that arXiv 2511.00443 names. `CurriculumMaskd` hides one region 
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -146,10 +146,10 @@ class FollowRegionErrors:
 
     Args:
         mask: the curriculum of the trainer.
-        metric: returns the errors of the validation that has just ended, e.g. of a `RegionMSE`.
+        metric: name of the validator's `RegionMSE`.
     """
 
-    def __init__(self, mask: CurriculumMaskd, metric: Callable[[], Mapping[str | int, float]]) -> None:
+    def __init__(self, mask: CurriculumMaskd, metric: str) -> None:
         self.mask = mask
         self.metric = metric
 
@@ -159,7 +159,7 @@ class FollowRegionErrors:
 
     def __call__(self, engine: Engine) -> None:
         """Follow the errors."""
-        self.mask.follow(self.metric())
+        self.mask.follow(engine.state.metrics[self.metric])
         shares = zip(self.mask.regions, self.mask.probabilities, strict=True)
         logger.info("Next masks: %s", ", ".join(f"{region} {share:.0%}" for region, share in shares))
 

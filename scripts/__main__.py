@@ -8,6 +8,7 @@ import fire
 from bundle.errors import InputError
 from scripts.commands import convert, export, overlay, preflight, prepare, regions, release, splits, synthesize
 from scripts.demo import demo
+from scripts.experiments import report, sweep
 
 COMMANDS = {
     "demo": demo,
@@ -20,6 +21,8 @@ COMMANDS = {
     "overlay": overlay,
     "convert": convert,
     "release": release,
+    "sweep": sweep,
+    "report": report,
 }
 
 

@@ -65,7 +65,7 @@ def test_handler_feeds_the_errors_of_the_regions_by_numpy():
     mask = CurriculumMaskd("image", floor=0.0)
     engine = Engine(lambda _, data: {"pred": data[0], "label": data[1]})
     metric.attach(engine, "val_region_mse")
-    FollowRegionErrors(mask, lambda: engine.state.metrics["val_region_mse"]).attach(engine)
+    FollowRegionErrors(mask, "val_region_mse").attach(engine)
     engine.run([(prediction, target)])
     squared = (prediction - target["image"]).square().numpy()
     hidden = target["mask"].numpy()

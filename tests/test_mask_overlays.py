@@ -100,3 +100,11 @@ def test_overlays_are_small():
     for name in OVERLAYS:
         content = json.loads((ROOT / "configs" / "masks" / f"{name}.json").read_text())
         assert len(content) <= 6, name
+
+
+def test_curriculum_is_saved_with_the_checkpoint_and_fed_by_validation():
+    content = parsed("curriculum")
+    keeper = next(h for h in content["train"]["handlers"] if h["_target_"].endswith("KeepCheckpoints"))
+    assert keeper["objects"] == {"network": "@network", "optimizer": "@optimizer", "mask": "@mask"}
+    assert content["validate"]["handlers"][-1]["_target_"] == "bundle.adaptive.FollowRegionErrors"
+    assert set(content["validate"]["additional_metrics"]) == {"val_temporal_r2", "val_region_mse"}

@@ -1,0 +1,384 @@
+"""Many masking strategies x seeds x folds: each cell pretrains, trains a classifier and tests it once.
+
+A sweep is a small JSON file:
+
+    store       prepared store
+    results     folder of the results, one folder per cell in cells/
+    splits      {"folds": 10, "seed": 0, "test": "all" or [0, 3] or "sites"}; "sites" leaves one site out at a time
+    strategies  names of configs/masks, "random_weights" (no pretraining), or {"name", "mask", "pretrain", "train"}
+                with overrides for the two stages
+    baselines   names of `bundle.baselines.BASELINES`
+    seeds       of the networks
+    configs     overlays for every stage, such as "demo"
+    overrides   config id to value, for every stage
+    steps       beyond training and test: any of "reconstruct", "attribute"
+
+A cell whose ``cell.json`` says that it is finished, with the hash of everything that shapes it, is never run again. An
+unfinished one goes on from its last checkpoint; one with another hash is deleted and made anew.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm.auto import tqdm
+
+from bundle.baselines import BASELINES, mean_motion, run_baseline
+from bundle.errors import InputError
+from bundle.run import config_file, run_bundle
+from bundle.splits import make_splits, save_splits
+from bundle.store import read_manifest, write_text
+
+logger = logging.getLogger(__name__)
+
+STEPS = ("reconstruct", "attribute")
+RANDOM_WEIGHTS = "random_weights"
+PACKAGES = ("torch", "monai", "pytorch-ignite", "numpy", "scipy", "scikit-learn", "nilearn", "statsmodels", "captum")
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A row of the table: how to pretrain, and overrides of the two stages; ``mask`` None: random weights."""
+
+    name: str
+    mask: str | None = None
+    pretrain: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep's JSON file says; see the module."""
+
+    store: str
+    results: str
+    splits: Mapping[str, Any]
+    strategies: Sequence[Any] = ()
+    baselines: Sequence[str] = ()
+    seeds: Sequence[int] = (0,)
+    configs: Sequence[str] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    steps: Sequence[str] = ("reconstruct",)
+    bootstrap_resamples: int = 2000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One strategy (or baseline), seed and fold; ``sha256`` covers everything that shapes its result."""
+
+    strategy: Strategy
+    seed: int
+    fold: str
+    folder: str
+    store: str
+    splits_file: str
+    baseline: bool
+    configs: tuple[str, ...]
+    overrides: Mapping[str, Any]
+    steps: tuple[str, ...]
+    resamples: int
+    sha256: str
+
+
+def read_sweep(path: str | Path, **changes: Any) -> Sweep:
+    """Read a sweep's JSON file; ``changes`` that are not None replace its entries.
+
+    Raises:
+        InputError: it cannot be read, lacks an entry, or holds an unknown entry, strategy, baseline or step.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text()) | {name: value for name, value in changes.items() if value is not None}
+        sweep = Sweep(**content)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a sweep ({error}); see configs/sweeps/paper.json for an example") from error
+    for kind, named, known in (("baseline", sweep.baselines, BASELINES), ("step", sweep.steps, STEPS)):
+        for name in named:
+            if name not in known:
+                raise InputError(f"{path}: {kind} {name!r} is unknown; choose from {', '.join(known)}")
+    names = [strategy.name for strategy in map(_strategy, sweep.strategies)] + list(sweep.baselines)
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: two strategies have the same name; give each its own")
+    if not names:
+        raise InputError(f"{path}: names no strategy and no baseline, so there is nothing to run")
+    return sweep
+
+
+def _strategy(entry: Any) -> Strategy:
+    if isinstance(entry, str):
+        strategy = Strategy(entry, None if entry == RANDOM_WEIGHTS else f"masks/{entry}")
+    else:
+        try:
+            strategy = Strategy(**entry)
+        except TypeError as error:
+            raise InputError(f"strategy {entry!r} must be a name, or have name, mask, pretrain and train") from error
+    if strategy.mask is not None:
+        config_file(strategy.mask)
+    return strategy
+
+
+def plan_cells(sweep: Sweep) -> list[Cell]:
+    """Write the split files, and list all cells, baselines first.
+
+    Raises:
+        InputError: the store cannot be read or split as asked, or a config does not exist.
+    """
+    runs = read_manifest(sweep.store)["runs"]
+    results = Path(sweep.results).absolute()
+    folds = _folds(sweep.splits, runs)
+    for fold, splits in folds.items():
+        save_splits(splits, results / "splits" / f"fold-{_slug(fold)}.json")
+    shared = {
+        "data": read_manifest(sweep.store)["parameters_hash"],
+        "runs": [[run[key] for key in ("run_id", "source_sha256", "site", "diagnosis", "participant")] for run in runs],
+        "configs": {name: config_file(name).read_text() for name in ("pretrain", "train", "evaluate", *sweep.steps)},
+        "overlays": [config_file(name).read_text() for name in sweep.configs],
+        "overrides": dict(sweep.overrides),
+        "steps": list(sweep.steps),
+        "resamples": sweep.bootstrap_resamples,
+        "version": version("brain-fmri-roi-mae"),
+    }
+    known = [name for name in sweep.baselines if name != "head_motion" or mean_motion(runs) is not None]
+    if len(known) < len(sweep.baselines):
+        logger.warning("%s: head motion is not known, so there is no baseline head_motion", sweep.store)
+    baselines = [(Strategy(name), 0, True) for name in known]
+    networks = [(_strategy(entry), seed, False) for seed in sweep.seeds for entry in sweep.strategies]
+    cells = []
+    for (strategy, seed, baseline), (fold, splits) in _in_order(baselines + networks, folds):
+        own = {"strategy": asdict(strategy), "seed": seed, "splits": splits["sha256"], "baseline": baseline}
+        own["mask"] = None if strategy.mask is None else config_file(strategy.mask).read_text()
+        name = f"{_slug(strategy.name)}__seed-{seed}__fold-{_slug(fold)}"
+        cells.append(
+            Cell(
+                strategy=strategy,
+                seed=seed,
+                fold=fold,
+                folder=str(results / "cells" / name),
+                store=str(Path(sweep.store).absolute()),
+                splits_file=str(results / "splits" / f"fold-{_slug(fold)}.json"),
+                baseline=baseline,
+                configs=tuple(sweep.configs),
+                overrides=dict(sweep.overrides),
+                steps=tuple(sweep.steps),
+                resamples=sweep.bootstrap_resamples,
+                sha256=hashlib.sha256(json.dumps(shared | own, sort_keys=True).encode()).hexdigest(),
+            )
+        )
+    return cells
+
+
+def _in_order(kinds: list, folds: Mapping[str, dict]) -> Iterator[tuple]:
+    """Baselines first, then seed by seed and fold by fold, so that an early stop leaves whole comparisons."""
+    for seed in dict.fromkeys((seed, baseline) for _, seed, baseline in kinds):
+        for fold in folds.items():
+            yield from ((kind, fold) for kind in kinds if kind[1:] == seed)
+
+
+def _folds(splits: Mapping[str, Any], runs: Sequence[dict]) -> dict[str, dict]:
+    """Split of each fold, or each site left out, by name."""
+    unknown = set(splits) - {"folds", "seed", "test"}
+    if unknown:
+        raise InputError(f"splits has folds, seed and test, not {sorted(unknown)[0]!r}")
+    folds, seed, test = splits.get("folds", 10), splits.get("seed", 0), splits.get("test", "all")
+    if test == "sites":
+        sites = sorted({str(run["site"]) for run in runs})
+        return {site: make_splits(runs, folds=folds, seed=seed, test_site=site) for site in sites}
+    chosen = range(folds) if test == "all" else test
+    return {str(fold): make_splits(runs, folds=folds, fold=fold, seed=seed) for fold in chosen}
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9+-]", "_", name)
+
+
+def run_sweep(sweep: Sweep, workers: int = 1, scheduler: str | None = None) -> list[str]:
+    """Run every cell that is not finished; one that fails never stops the others.
+
+    Args:
+        sweep: what to run.
+        workers: cells at a time on this machine.
+        scheduler: address of a Dask scheduler whose workers see the same files; they run the cells instead.
+
+    Returns:
+        What went wrong, one sentence per failed cell; empty if all are finished.
+    """
+    cells = plan_cells(sweep)
+    _write_plan(sweep, cells)
+    todo = [cell for cell in cells if not is_finished(cell)]
+    logger.info("%d of %d cells are finished; %d to run", len(cells) - len(todo), len(cells), len(todo))
+    failures = []
+    with _executor(workers, scheduler) as executor:
+        for baseline in (True, False):  # bars of their own: baselines are fast, and would spoil the estimate
+            part = [cell for cell in todo if cell.baseline == baseline]
+            futures = {executor.submit(run_cell, cell): cell for cell in part}
+            bar = tqdm(total=len(part), desc="baselines" if baseline else "networks", unit="cell", disable=not part)
+            for future in as_completed(futures):
+                error = future.exception()
+                if error is not None:
+                    failures.append(f"{Path(futures[future].folder).name}: {error}")
+                    logger.error("cell %s", failures[-1], exc_info=None if isinstance(error, InputError) else error)
+                bar.update()
+            bar.close()
+    return failures
+
+
+@contextmanager
+def _executor(workers: int, scheduler: str | None) -> Iterator[Executor]:
+    if scheduler is None:
+        with ThreadPoolExecutor(workers) as pool:  # each cell's work is in processes of its own
+            yield pool
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise InputError("--scheduler needs Dask; run `pip install 'brain-fmri-roi-mae[dask]'`") from error
+    with Client(scheduler) as client, client.get_executor(pure=False, retries=1) as pool:
+        yield pool
+
+
+def is_finished(cell: Cell) -> bool:
+    """Whether the cell's result is there and was made with what shapes the cell now."""
+    record = _record(cell)
+    return record is not None and record["sha256"] == cell.sha256 and record["finished"]
+
+
+def _record(cell: Cell) -> dict | None:
+    path = Path(cell.folder) / "cell.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def run_cell(cell: Cell) -> None:
+    """Run the stages of one cell that are not done, then gather its scores, subjects and learning curves."""
+    folder = Path(cell.folder)
+    record = _record(cell)
+    if record is not None and record["sha256"] != cell.sha256:
+        logger.warning("%s was made with other settings; it is deleted and made anew", folder)
+        shutil.rmtree(folder)
+        record = None
+    record = record or {
+        "strategy": cell.strategy.name,
+        "kind": "baseline" if cell.baseline else "network",
+        "seed": cell.seed,
+        "fold": cell.fold,
+        "sha256": cell.sha256,
+        "settings": asdict(cell),
+        "seconds": {},
+        "finished": False,
+    }
+    stages = _baseline_stages(cell) if cell.baseline else _stages(cell)
+    for name, stage in stages.items():
+        if name not in record["seconds"]:
+            _write(cell, record)
+            started = time.monotonic()
+            stage()
+            record["seconds"][name] = round(time.monotonic() - started, 1)
+    if not cell.baseline:
+        _gather(folder)
+    _write(cell, record | {"finished": True, "versions": {name: version(name) for name in PACKAGES}})
+
+
+def _write(cell: Cell, record: dict) -> None:
+    write_text(Path(cell.folder) / "cell.json", json.dumps(record, indent=1) + "\n")
+
+
+def _baseline_stages(cell: Cell) -> dict[str, Callable[[], Any]]:
+    series = Path(cell.folder).parents[1] / "series"
+    name, folder = cell.strategy.name, Path(cell.folder)
+    run = partial(run_baseline, name, cell.store, cell.splits_file, folder, series, cell.resamples, cell.seed)
+    return {"test": run}
+
+
+def _stages(cell: Cell) -> dict[str, Callable[[], Any]]:
+    """The stages of a cell in order, each of which runs one process."""
+    folder = Path(cell.folder)
+    common = {"dataset_dir": cell.store, "splits_file": cell.splits_file, "seed": cell.seed} | dict(cell.overrides)
+    common["bootstrap_resamples"] = cell.resamples
+    pretraining = common | dict(cell.strategy.pretrain) | {"output_dir": folder / "pretrain"}
+    encoder = "random" if cell.strategy.mask is None else folder / "pretrain" / "best.pt"
+    training = common | dict(cell.strategy.train) | {"output_dir": folder / "train", "encoder_checkpoint": encoder}
+    mask, overlays = cell.strategy.mask, cell.configs
+    jobs: dict[str, tuple[str, list[str], dict]] = {}
+    if mask is not None:
+        jobs["pretrain"] = ("pretrain", ["pretrain", mask, *overlays], pretraining)
+        if "reconstruct" in cell.steps:
+            jobs["reconstruct"] = ("run", ["pretrain", mask, "reconstruct", *overlays], pretraining)
+    jobs["train"] = ("run", ["train", *overlays], training)
+    jobs["test"] = ("run", ["train", "evaluate", *overlays], training)
+    if "attribute" in cell.steps:
+        jobs["attribute"] = ("run", ["train", "attribute", *overlays], training)
+    return {name: partial(run_bundle, *job, folder / "log.txt") for name, job in jobs.items()}
+
+
+def _gather(folder: Path) -> None:
+    """Bring what the report needs to the top of the cell's folder, and drop checkpoints only a resume needs."""
+    for name in ("scores.json", "subjects.tsv"):
+        shutil.copy(folder / "train" / "evaluation" / name, folder / name)
+    write_text(folder / "curves.tsv", learning_curves(folder).to_csv(sep="\t", index=False))
+    for stage in ("pretrain", "train"):
+        (folder / stage / "last.pt").unlink(missing_ok=True)
+
+
+def learning_curves(folder: Path) -> pd.DataFrame:
+    """Scalars that the stages wrote to TensorBoard: ``stage``, ``tag``, ``step``, ``value``, in order."""
+    rows = []
+    for stage in ("pretrain", "train"):
+        if (folder / stage / "tensorboard").is_dir():
+            events = EventAccumulator(str(folder / stage / "tensorboard"), size_guidance={"scalars": 0, "images": 1})
+            events.Reload()
+            for tag in events.Tags()["scalars"]:
+                rows += [(stage, tag, event.step, event.value) for event in events.Scalars(tag)]
+    table = pd.DataFrame(rows, columns=["stage", "tag", "step", "value"])
+    return table.drop_duplicates(["stage", "tag", "step"], keep="last")  # a resumed epoch is written twice
+
+
+def describe_data(store: str | Path) -> dict[str, Any]:
+    """Summary of a store for the report; ``synthetic`` is None where the source files are gone."""
+    manifest = read_manifest(store)
+    runs = manifest["runs"]
+    table = pd.DataFrame([{key: run[key] for key in ("participant_id", "site", "diagnosis")} for run in runs])
+    people = table.drop_duplicates("participant_id").fillna("unknown").astype(str)
+    counts = people.groupby(["site", "diagnosis"]).size().rename("participants").reset_index()
+    return {
+        "store": str(Path(store).absolute()),
+        "runs": len(runs),
+        "participants": len(people),
+        "by_site_and_diagnosis": counts.to_dict("records"),
+        "frames": {"least": min(run["frames"] for run in runs), "most": max(run["frames"] for run in runs)},
+        "tr_in_s": sorted({run["tr_in"] for run in runs}),
+        "parameters": manifest["parameters"],
+        "parameters_hash": manifest["parameters_hash"],
+        "synthetic": is_synthetic([run["source"] for run in runs]),
+    }
+
+
+def is_synthetic(sources: Sequence[str]) -> bool | None:
+    """Whether any file lies in a cohort made by `bundle.synthetic`; None if none of the files exists any more."""
+    folders = {folder for source in sources for folder in list(Path(source).parents)[:4]}
+    if any((folder / "truth.json").is_file() for folder in folders):
+        return True
+    return False if any(Path(source).is_file() for source in sources) else None
+
+
+def _write_plan(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    """Keep in the results folder what the report needs: the plan, the data's summary and the exact configs."""
+    results = Path(sweep.results)
+    plan = asdict(sweep) | {"cells": {Path(cell.folder).name: cell.sha256 for cell in cells}}
+    write_text(results / "sweep.json", json.dumps(plan, indent=1) + "\n")
+    write_text(results / "data.json", json.dumps(describe_data(sweep.store), indent=1) + "\n")
+    masks = [cell.strategy.mask for cell in cells if cell.strategy.mask is not None]
+    for name in dict.fromkeys(["pretrain", "train", "evaluate", *sweep.steps, *sweep.configs, *masks]):
+        file = config_file(name)
+        write_text(results / "configs" / f"{_slug(name.removesuffix('.json'))}.json", file.read_text())

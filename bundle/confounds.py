@@ -161,7 +161,7 @@ def _read(table: str | Path | None, bold: Path, frames: int) -> pd.DataFrame:
     if table is None:
         raise InputError(f"{bold} has no table of confounds; add a confounds column to the table of runs")
     try:
-        values = pd.read_csv(table, sep=None, engine="python", na_values=["n/a"])
+        values = pd.read_csv(table, sep=r"[\t,]", engine="python", na_values=["n/a"])  # nilearn's .csv hold tabs
     except (ValueError, OSError) as error:
         raise InputError(f"{table} cannot be read as a table ({error}); check the path") from error
     return _fitting(values, frames, bold)

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import nibabel as nib
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from nilearn import plotting
 
@@ -94,23 +95,16 @@ def picture(values: np.ndarray, voxels: np.ndarray) -> bytes:
     figure = Figure(figsize=(7.2, 2.6), facecolor="black")
     display = plotting.plot_anat(
         _image(volume), figure=figure, display_mode="ortho", cut_coords=(-24, -30, -10), cmap="gray", colorbar=False,
-        annotate=True, black_bg=True, dim=0,
+        draw_cross=False, black_bg=True, dim=0,
     )  # fmt: skip
     display.add_contours(_image(brain), levels=[0.5], colors="white", linewidths=0.7)
-    levels = np.arange(len(atlas.REGIONS)) + 0.5
-    display.add_contours(_image(_regions()), levels=levels, cmap="rainbow", linewidths=0.5)
+    labels = atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE)
+    for colour, members in zip(colormaps["Set1"].colors, atlas.REGIONS.values(), strict=False):
+        region = np.isin(labels, members).astype(np.float32)
+        display.add_contours(_image(region), levels=[0.5], colors=[colour], linewidths=0.6)
     file = io.BytesIO()
     figure.savefig(file, dpi=80, facecolor="black")
     return file.getvalue()
-
-
-def _regions() -> np.ndarray:
-    """The seven regions on the grid, numbered from 1 in the order of `atlas.REGIONS`; 0 elsewhere."""
-    labels = atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE)
-    regions = np.zeros(grid.SHAPE, np.float32)
-    for number, members in enumerate(atlas.REGIONS.values(), start=1):
-        regions[np.isin(labels, members)] = number
-    return regions
 
 
 def _image(values: np.ndarray) -> nib.Nifti1Image:

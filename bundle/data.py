@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from monai.data.utils import set_rnd
 from monai.transforms import Compose
@@ -79,8 +80,14 @@ def _labels(runs: Sequence[dict], subset: str, store: str | Path) -> dict[str, f
 
 
 def keep_items(items: list[dict]) -> list[dict]:
-    """Collate nothing: runs differ in their number of brain voxels, so items are stacked on the device."""
-    return items
+    """Collate nothing: runs differ in their number of brain voxels, so items are stacked on the device.
+
+    Arrays become tensors, which the loader passes through shared memory and can pin for the way to the GPU.
+    """
+    return [
+        {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in item.items()}
+        for item in items
+    ]
 
 
 class PrepareBatch:
@@ -104,7 +111,15 @@ class PrepareBatch:
         **_: object,
     ) -> tuple[Tensor, dict, tuple, dict]:
         """Return ``(image, target, network arguments, {})`` of a batch, as MONAI's engines expect."""
-        items = [self.transform(item) for item in items]
+        items = [
+            self.transform(
+                {
+                    key: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+                    for key, value in item.items()
+                }
+            )
+            for item in items
+        ]
         image = torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])
         target: dict = {"image": image, "participant_id": [item["participant_id"] for item in items]}
         if "label" in items[0]:

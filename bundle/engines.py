@@ -1,6 +1,7 @@
 """Handlers that the trainers attach beside MONAI's and Ignite's own."""
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,45 @@ class ReseedEachEpoch:
         sampler = getattr(engine.state.dataloader, "sampler", None)
         if isinstance(sampler, DistributedSampler):  # its own order depends on the epoch alone
             sampler.set_epoch(engine.state.epoch)
+
+
+class DataWaiting:
+    """Log the share of each epoch that the trainer spent waiting for data.
+
+    Near 0 the loader keeps up; else more workers help. Attach it before handlers that validate at the end of an
+    epoch, which would be counted as training time.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self.start_waiting)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.stop_waiting)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.report)
+
+    def start_epoch(self) -> None:
+        """Begin to count."""
+        self.epoch_start = self.wait_start = time.perf_counter()
+        self.waited = 0.0
+
+    def start_waiting(self) -> None:
+        """The trainer asks for a batch."""
+        self.wait_start = time.perf_counter()
+
+    def stop_waiting(self) -> None:
+        """The trainer has its batch."""
+        self.waited += time.perf_counter() - self.wait_start
+
+    def report(self, engine: Engine) -> None:
+        """Log the epoch's figures, and keep the share in ``share``."""
+        seconds = time.perf_counter() - self.epoch_start
+        self.share = self.waited / seconds
+        logger.info(
+            "epoch %d: %.1f s, of which %.0f %% waiting for data",
+            engine.state.epoch,
+            seconds,
+            100 * self.share,
+        )
 
 
 class ReconstructionImages:

@@ -113,3 +113,13 @@ def test_only_one_state_per_chunk_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
         selective_scan(*tensors)
     assert sum(saved) == sum(tensor.numel() for tensor in tensors) + rows * length // CHUNK * states * channels
+
+
+def test_a_kept_result_is_given_back_with_the_same_gradients():
+    tensors, kept = arguments(length=CHUNK + 3), []
+    first = value_and_gradients(lambda *t: selective_scan(*t, kept), tensors)
+    assert [tuple(tensor.shape) for tensor in kept] == [(2, CHUNK + 3, 3), (2, 2, 4, 3)]
+    assert not any(tensor.requires_grad for tensor in kept)  # else it would hold its own graph
+    again = value_and_gradients(lambda *t: selective_scan(*t, kept), tensors)
+    assert not kept
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from bundle.errors import InputError
+from bundle.networks import scan
 from bundle.networks.masked_autoencoder import MASK_TOKENS, MaskedAutoencoder
 from bundle.networks.swin_mamba import (
     SwinMambaEncoder,
     WindowBlock,
+    Windows,
     fit_window,
+    halve,
     join_patches,
     join_windows,
     split_patches,
@@ -255,3 +258,125 @@ def test_an_image_that_does_not_fit_is_refused_with_both_shapes(shape):
 def test_a_mask_that_does_not_fit_is_refused(shape):
     with pytest.raises(InputError, match="The mask of an image"):
         autoencoder()(image(), torch.zeros(shape))
+
+
+def test_gathering_windows_equals_padding_rolling_and_cutting():
+    """Against torch.nn.functional.pad, roll and `split_windows`, values and gradients, with and without padding."""
+    for grid, window, shift in (((4, 6, 8, 5), (2, 3, 4, 4), (1, 0, 2, 2)), ((4, 4, 4, 4), (2, 2, 2, 4), (1, 1, 1, 0))):
+        tokens = torch.randn(2, *grid, 3, dtype=torch.float64, requires_grad=True)
+        layout = Windows(grid, window, shift, torch.device("cpu"))
+        windows = layout.cut(tokens)
+        if layout.real is not None:
+            windows = windows * layout.real.repeat(2, 1, 1)
+        late = -grid[3] % window[3]  # the other axes hold whole windows
+        padded = functional.pad(tokens, (0, 0, 0, late)).roll([-step for step in shift], (1, 2, 3, 4))
+        expected = split_windows(padded, window)
+        assert torch.equal(windows, expected)
+        weights = torch.randn_like(expected)
+        found, wanted = (torch.autograd.grad((w * weights).sum(), tokens)[0] for w in (windows, expected))
+        assert torch.equal(found, wanted)
+        assert torch.equal(layout.join(layout.cut(tokens)), tokens)
+        x, y, z, t = grid
+        leaf = torch.randn_like(expected).requires_grad_()
+        joined = join_windows(leaf, window, (x, y, z, t + late)).roll(shift, (1, 2, 3, 4))[:, :, :, :, :t]
+        assert torch.equal(layout.join(leaf), joined)
+        weights = torch.randn_like(joined)
+        found, wanted = (torch.autograd.grad((w * weights).sum(), leaf)[0] for w in (layout.join(leaf), joined))
+        assert torch.equal(found, wanted)
+
+
+def in_a_brain(frames=6):
+    """A clip whose brain is one token thick corner of 24 voxels; the background holds -3."""
+    clip = torch.full((1, 1, 24, 24, 24, frames), -3.0)
+    clip[..., :5, :6, :4, :] = image(frames=frames)[..., :5, :6, :4, :]
+    return clip
+
+
+def test_where_brain_is():
+    clip = in_a_brain().expand(2, -1, -1, -1, -1, -1).clone()
+    clip[1, 0, 20, 9, 0, 3] = 1.0  # the other item's brain, at one frame only
+    brain = autoencoder(skip_background=True).encoder.brain_tokens(clip)
+    assert brain.nonzero().tolist() == [[0, 0, 0], [3, 1, 0]]
+    assert halve(brain).nonzero().tolist() == [[0, 0, 0], [1, 0, 0]]
+    assert autoencoder().encoder.brain_tokens(clip) is None
+    las = autoencoder(skip_background=True, orientation="LAS").encoder.brain_tokens(clip)
+    assert torch.equal(las, brain.flip(0))
+
+
+def test_skipping_changes_nothing_where_all_windows_hold_brain():
+    mask = torch.zeros(1, 1, 24, 24, 24, dtype=torch.bool)
+    mask[..., 4:8, 10, 3] = True
+    plain, skipping = autoencoder(), autoencoder(skip_background=True)
+    torch.testing.assert_close(skipping(image(), mask), plain(image(), mask))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("frames", [4, 6])
+def test_windows_without_brain_are_left_and_others_are_as_ever(shifted, frames):
+    torch.manual_seed(0)
+    block = WindowBlock(4, (2, 2, 2, 4), shifted)
+    tokens = torch.randn(2, 4, 4, 4, frames, 4)
+    brain = torch.zeros(4, 4, 4, dtype=torch.bool)
+    brain[1, 1, 1] = True
+    start = 1 if shifted else 0  # of the window that holds this token
+    inside = torch.zeros(4, 4, 4, dtype=torch.bool)
+    inside[start : start + 2, start : start + 2, start : start + 2] = True
+    whole, part = block(tokens), block(tokens, brain)
+    torch.testing.assert_close(part[:, inside], whole[:, inside])
+    assert torch.equal(part[:, ~inside], tokens[:, ~inside])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_with_skipped_background_reaches_every_parameter(checkpointing):
+    network = autoencoder(skip_background=True, checkpointing=checkpointing)
+    network(in_a_brain(), torch.ones(1, 1, 24, 24, 24)).square().mean().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in network.parameters())
+
+
+def test_the_scan_runs_once_per_training_step_and_twice_with_checkpointing(monkeypatch):
+    runs = []
+    walk = scan._walk
+    monkeypatch.setattr(scan, "_walk", lambda *tensors: runs.append(1) or walk(*tensors))
+    counts = []
+    for checkpointing in (False, True):
+        runs.clear()
+        network = autoencoder(checkpointing=checkpointing)
+        network(image(), torch.ones(1, 1, 24, 24, 24)).square().mean().backward()
+        counts.append(len(runs))
+    assert counts == [6, 12]  # blocks
+
+
+def test_the_number_of_windows_at_once_changes_nothing(monkeypatch):
+    network, mask = autoencoder(), torch.ones(1, 1, 24, 24, 24)
+    results = []
+    for budget in (1, 1 << 20):
+        monkeypatch.setattr(scan, "CPU_TILE", budget)
+        network.zero_grad()
+        output = network(image(frames=5), mask)
+        output.square().mean().backward()
+        results.append([output.detach(), *(p.grad for p in network.parameters() if p.requires_grad)])
+    for one, many in zip(*results, strict=True):
+        torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"checkpointing": True}, {"skip_background": True}, {"orientation": "LAS"}, {"mask_token": "window"}],
+    ids=str,
+)
+def test_bf16_autocast_agrees_with_float32(options):
+    """Values and gradients of all paths, to a few of the 8 bits that bf16 has."""
+    network, clip = autoencoder(**options), image()
+    mask = torch.zeros(1, 1, 24, 24, 24)
+    mask[..., :8, :, :] = 1
+    results = []
+    for half in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            output = network(clip, mask)
+        output.float().square().mean().backward()
+        gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])
+        results.append((output.detach().float(), gradient))
+    for exact, rounded, tolerance in zip(*results, (0.02, 0.1), strict=True):  # seen: 0.01 and 0.06
+        assert torch.isfinite(rounded).all()
+        assert torch.dist(exact, rounded) < tolerance * exact.norm()

@@ -1,0 +1,33 @@
+"""`python -m benchmarks [table|gpu|scaling|background|floor] [--quick]`; table is the default."""
+
+import logging
+import sys
+
+import fire
+
+from benchmarks.background import background
+from benchmarks.floor import floor
+from benchmarks.gpu import gpu
+from benchmarks.scaling import scaling
+from benchmarks.table import table
+from bundle.errors import InputError
+
+
+def main() -> None:
+    """Run one command; its result is Markdown on standard output."""
+    logging.basicConfig(level=logging.WARNING)
+    arguments = sys.argv[1:]
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in {"-h", "--help"}):
+        arguments = ["table", *arguments]
+    commands = {"table": table, "gpu": gpu, "scaling": scaling, "background": background, "floor": floor}
+    # the table prints each line as soon as it is measured, the others all at the end
+    try:
+        fire.Fire(
+            commands, arguments, name="benchmarks", serialize=lambda text: None if arguments[0] == "table" else text
+        )
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The way of a batch to the device, and the share of time that a trainer waits for it.
+
+Not covered: pinned memory and CUDA.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+
+from bundle.data import PrepareBatch, keep_items
+from bundle.engines import DataWaiting
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def test_collated_arrays_are_tensors_of_the_same_type_and_memory():
+    item = {"run_id": "a", "frames": np.ones((2, 3), np.float16), "voxels": np.arange(3, dtype=np.int32), "fill": -1.0}
+    [kept] = keep_items([item])
+    assert (kept["frames"].dtype, kept["voxels"].dtype) == (torch.float16, torch.int32)
+    assert kept["frames"].data_ptr() == item["frames"].ctypes.data
+    assert (kept["run_id"], kept["fill"]) == ("a", -1.0)
+
+
+def test_tensors_travel_before_the_transforms():
+    """ "meta" stands for a device: it shows where tensors are without needing one."""
+    seen = []
+
+    def transform(item):
+        seen.append(item["frames"].device.type)
+        return item | {"image": torch.zeros(1, 2, 2, 2, 1)}
+
+    items = keep_items([{"participant_id": "a", "frames": np.ones((2, 3), np.float16)}])
+    PrepareBatch([transform])(items, torch.device("meta"), non_blocking=True)
+    assert seen == ["meta"]
+
+
+def test_the_share_of_waiting_is_logged_per_epoch(caplog):
+    def slow():
+        for number in range(5):
+            time.sleep(0.02)
+            yield number
+
+    engine = Engine(lambda engine, batch: time.sleep(0.02))
+    waiting = DataWaiting()
+    waiting.attach(engine)
+    with caplog.at_level(logging.INFO, logger="bundle.engines"):
+        engine.run(slow(), max_epochs=1, epoch_length=5)
+    assert 0.2 < waiting.share < 0.8  # half; sleeps are no clocks
+    assert "waiting for data" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["pretrain", "train"])
+def test_training_counts_its_waiting_apart_from_validation(name):
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    handlers = [handler["_target_"] for handler in config["train"]["handlers"] if isinstance(handler, dict)]
+    assert handlers.index("bundle.engines.DataWaiting") < handlers.index("monai.handlers.ValidationHandler")
+    assert all(config[part]["dataloader"]["pin_memory"] for part in ("train", "validate"))

@@ -209,7 +209,10 @@ def frame_reader(bold: Bold, keep_up_to: int = KEPT_BYTES) -> Callable[[], Itera
     """
     if math.prod(bold.image.shape) * bold.image.dataobj.dtype.itemsize > keep_up_to:
         return partial(_read_frames, bold)
-    kept = list(_read_frames(bold))
+    # one block of memory, which goes back to the system as a whole, unlike a list of frames
+    kept = np.empty((bold.frames, math.prod(bold.shape)), bold.image.dataobj.dtype)
+    for number, frame in enumerate(_read_frames(bold)):
+        kept[number] = frame
     return lambda: iter(kept)
 
 

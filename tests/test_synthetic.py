@@ -21,7 +21,8 @@ from scipy.signal import detrend
 from bundle import synthetic
 from bundle.bold import open_bold
 from bundle.errors import InputError
-from bundle.synthetic import SITES, Site, group_latents, label_signals, make_cohort, plan_cohort
+from bundle.signals import group_latents, label_signals
+from bundle.synthetic import SITES, Site, make_cohort, plan_cohort
 
 COARSE = (
     Site("a", tr=2.0, voxel_mm=6.0, axcodes="LAS", intensity=800.0, dtype="int16"),

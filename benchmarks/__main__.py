@@ -1,4 +1,4 @@
-"""`python -m benchmarks [table|gpu|scaling|background|floor] [--quick]`; table is the default."""
+"""`python -m benchmarks [table|gpu|scaling|background|floor|report] [--quick]`; table is the default."""
 
 import logging
 import sys
@@ -8,6 +8,7 @@ import fire
 from benchmarks.background import background
 from benchmarks.floor import floor
 from benchmarks.gpu import gpu
+from benchmarks.report import report
 from benchmarks.scaling import scaling
 from benchmarks.table import table
 from bundle.errors import InputError
@@ -19,7 +20,14 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in {"-h", "--help"}):
         arguments = ["table", *arguments]
-    commands = {"table": table, "gpu": gpu, "scaling": scaling, "background": background, "floor": floor}
+    commands = {
+        "table": table,
+        "gpu": gpu,
+        "scaling": scaling,
+        "background": background,
+        "floor": floor,
+        "report": report,
+    }
     # the table prints each line as soon as it is measured, the others all at the end
     try:
         fire.Fire(

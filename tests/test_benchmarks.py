@@ -25,6 +25,7 @@ from benchmarks.measure import (
     scan_with,
     seconds_text,
 )
+from benchmarks.report import SECTIONS, replace_section, report
 from benchmarks.scaling import draw, slope
 from benchmarks.table import HEADER, table
 from bundle.errors import InputError
@@ -166,3 +167,24 @@ def test_the_time_of_scans_is_part_of_the_step():
     total = timer.seconds
     network(image, mask).mean().backward()
     assert timer.seconds == total  # no longer counted
+
+
+def test_a_section_of_the_page_is_replaced_and_nothing_else(tmp_path: Path):
+    page = tmp_path / "performance.md"
+    page.write_text("a\n<!-- benchmarks floor -->\nold\n<!-- end -->\nb\n<!-- benchmarks gpu -->\nc\n<!-- end -->\n")
+    replace_section(page, "floor", r"new \1 text")
+    assert page.read_text().splitlines() == [
+        "a", "<!-- benchmarks floor -->", r"new \1 text", "<!-- end -->", "b", "<!-- benchmarks gpu -->", "c",
+        "<!-- end -->",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="has no section"):
+        replace_section(page, "table", "")
+    with pytest.raises(InputError, match="no section 'speed'"):
+        report(["speed"], str(page))
+
+
+def test_the_page_has_a_place_for_every_section():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    for name in SECTIONS:
+        assert text.count(f"<!-- benchmarks {name} -->\n") == 1
+    assert text.count("<!-- end -->") == len(SECTIONS)

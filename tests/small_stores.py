@@ -1,0 +1,53 @@
+"""Prepared stores made in seconds: the synthetic cohort's signals in a few voxels of each AAL3 label, without NIfTI."""
+
+from pathlib import Path
+
+import numpy as np
+
+from bundle import grid
+from bundle.atlas import labels_on, load_atlas
+from bundle.store import write_manifest, write_run
+from bundle.signals import group_latents, label_signals
+from bundle.synthetic import SITES, plan_cohort
+
+TR = 0.8
+
+
+def some_voxels(per_label: int, every: int) -> tuple[np.ndarray, np.ndarray]:
+    """Flat grid indices (V,), sorted, of a few voxels of every n-th label, and their label numbers."""
+    labels = labels_on(load_atlas(), grid.AFFINE, grid.SHAPE).ravel()
+    numbers = np.unique(labels[labels > 0])[::every]
+    chosen = np.sort(np.concatenate([np.flatnonzero(labels == number)[:per_label] for number in numbers]))
+    return chosen, labels[chosen]
+
+
+def planted_store(
+    folder: Path, subjects: int, effect: float, seed: int = 0, frames: int = 100, per_label: int = 6, every: int = 4
+) -> Path:
+    """A store whose participants differ, by diagnosis, in limbic-cerebellar coupling only; see bundle.synthetic."""
+    voxels, labels = some_voxels(per_label, every)
+    numbers = np.unique(labels)
+    for number, subject in enumerate(plan_cohort(subjects, effect, seed, SITES).to_dict("records")):
+        rng = np.random.default_rng([seed, number])
+        latents = group_latents(subject["coupling_z"], frames, TR, rng)
+        signals = label_signals(latents, numbers, TR, rng)  # (T, labels)
+        values = signals[:, np.searchsorted(numbers, labels)] + rng.standard_normal((frames, len(voxels)))
+        values = (values - values.mean()) / values.std()
+        name = subject["participant_id"]
+        record = {
+            "run_id": name,
+            "participant_id": name,
+            "site": subject["site"],
+            "diagnosis": int(subject["diagnosis"] == "adhd"),
+            "participant": {"age": subject["age"], "sex": subject["sex"]},
+            "source": str(folder / "derivatives" / name / "func" / f"{name}_bold.nii.gz"),
+            "source_sha256": f"{seed}-{effect}-{number}".ljust(12, "0"),
+            "tr_in": TR,
+            "frames": frames,
+            "voxels": len(voxels),
+            "fill": float(values.min()),
+            "parameters_hash": "p" * 12,
+        }
+        write_run(folder / "store", record, values.astype(np.float16), voxels)
+    write_manifest(folder / "store", {"tr": TR}, "p" * 12)
+    return folder / "store"

@@ -1,0 +1,168 @@
+"""The sweep: what is finished is never run again, what changed is made anew, and one failing cell stops no other.
+
+The stages are replaced by one that writes what they write: configs and networks are tested elsewhere.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from small_stores import planted_store
+
+from bundle import sweep as module
+from bundle.errors import InputError
+from bundle.evaluation import write_test
+from bundle.report import write_report
+from bundle.run import ROOT
+from bundle.splits import load_splits
+from bundle.statistics import read_outcomes
+from bundle.store import read_manifest
+from bundle.sweep import Sweep, describe_data, is_finished, plan_cells, read_sweep, run_sweep
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return planted_store(tmp_path_factory.mktemp("data"), subjects=36, effect=2.0, frames=60, per_label=1, every=20)
+
+
+@pytest.fixture
+def calls(monkeypatch, store):
+    """Stages that were run, as (run id, configs, cell); `broken` names cells whose pretraining fails."""
+    calls: list = []
+    calls_broken: set[str] = set()
+    diagnosis = {run["participant_id"]: run["diagnosis"] for run in read_manifest(store)["runs"]}
+
+    def stage(run_id, configs, overrides, log=None):
+        output = Path(overrides["output_dir"])
+        calls.append((run_id, tuple(configs), output.parent.name))
+        if output.parent.name in calls_broken and run_id == "pretrain":
+            raise InputError("broken on purpose")
+        output.mkdir(parents=True, exist_ok=True)
+        for name in ("last.pt", "best.pt"):
+            (output / name).touch()
+        if "evaluate" in configs:
+            sets = load_splits(overrides["splits_file"])["sets"]
+            rng = np.random.default_rng(len(calls))
+            tables = {
+                name: pd.DataFrame({"participant_id": sets[name], "label": [diagnosis[p] for p in sets[name]]}).assign(
+                    logit=lambda t: rng.normal(size=len(t)) + t["label"]
+                )
+                for name in ("validation", "test")
+            }
+            write_test(tables["validation"], tables["test"], output / "evaluation", 20)
+
+    monkeypatch.setattr(module, "run_bundle", stage)
+    stage.calls, stage.broken = calls, calls_broken
+    return stage
+
+
+def small(store, tmp_path, **changes) -> Sweep:
+    settings = {"splits": {"folds": 3, "test": [0, 1]}, "strategies": ["random_tube", "limbic", "random_weights"]}
+    settings |= {"baselines": ["majority"], "steps": [], "bootstrap_resamples": 20}
+    return Sweep(str(store), str(tmp_path / "results"), **(settings | changes))
+
+
+def test_stages_run_in_order_once_and_share_the_store(store, tmp_path, calls):
+    assert run_sweep(small(store, tmp_path)) == []
+    of_cell = [call[:2] for call in calls.calls if call[2] == "limbic__seed-0__fold-1"]
+    assert of_cell == [("pretrain", ("pretrain", "masks/limbic")), ("run", ("train",)), ("run", ("train", "evaluate"))]
+    of_control = [call[:2] for call in calls.calls if call[2] == "random_weights__seed-0__fold-0"]
+    assert of_control == [("run", ("train",)), ("run", ("train", "evaluate"))]
+    before = len(calls.calls)
+    assert run_sweep(small(store, tmp_path)) == []
+    assert len(calls.calls) == before
+    assert not list((tmp_path / "results").rglob("last.pt"))
+
+
+def test_a_failing_cell_is_named_stops_no_other_and_goes_on_where_it_was(store, tmp_path, calls):
+    calls.broken.add("limbic__seed-0__fold-0")
+    failures = run_sweep(small(store, tmp_path))
+    assert failures == ["limbic__seed-0__fold-0: broken on purpose"]
+    assert sum(is_finished(cell) for cell in plan_cells(small(store, tmp_path))) == 7
+    calls.broken.clear()
+    calls.calls.clear()
+    assert run_sweep(small(store, tmp_path)) == []
+    assert {call[2] for call in calls.calls} == {"limbic__seed-0__fold-0"}
+
+
+def test_an_interrupted_cell_repeats_no_finished_stage(store, tmp_path, calls):
+    cell = next(c for c in plan_cells(small(store, tmp_path)) if "limbic" in c.folder)
+    module.run_cell(cell)
+    path = Path(cell.folder) / "cell.json"
+    record = json.loads(path.read_text())
+    del record["seconds"]["test"]
+    path.write_text(json.dumps(record | {"finished": False}))
+    calls.calls.clear()
+    module.run_cell(cell)
+    assert [call[1] for call in calls.calls] == [("train", "evaluate")]
+
+
+def test_changed_settings_make_only_the_affected_cells_anew(store, tmp_path, calls):
+    run_sweep(small(store, tmp_path))
+    calls.calls.clear()
+    run_sweep(small(store, tmp_path, seeds=[0, 1]))  # more seeds: nothing of seed 0 again
+    assert {call[2].split("__")[1] for call in calls.calls} == {"seed-1"}
+    calls.calls.clear()
+    run_sweep(small(store, tmp_path, overrides={"max_epochs": 3}))
+    assert len(calls.calls) == 2 * (3 + 3 + 2)
+
+
+def test_every_subject_is_tested_once_over_all_folds_or_sites(store, tmp_path, calls):
+    everyone = sorted(run["participant_id"] for run in read_manifest(store)["runs"])
+    for test in ("all", "sites"):
+        folder = tmp_path / test
+        run_sweep(small(store, folder, splits={"folds": 3, "test": test}))
+        for own in read_outcomes(folder / "results").values():
+            assert own.participants == everyone
+    assert set(own.folds) == {"north", "south", "west"}
+
+
+def test_report_comes_from_the_results_folder_alone_and_says_synthetic(store, tmp_path, calls):
+    (store.parent / "derivatives").mkdir(exist_ok=True)
+    (store.parent / "derivatives" / "truth.json").write_text("{}")
+    run_sweep(small(store, tmp_path))
+    moved = (tmp_path / "results").rename(tmp_path / "elsewhere")
+    html = write_report(moved, resamples=50).read_text()
+    markdown = (moved / "report.md").read_text()
+    for text in (html, markdown):
+        assert "SYNTHETIC data" in text
+        for name in ("random_tube", "limbic", "random_weights", "majority"):
+            assert name in text
+        cell = json.loads((moved / "cells" / "limbic__seed-0__fold-0" / "cell.json").read_text())
+        assert cell["sha256"] in text
+        assert cell["versions"]["monai"] in text
+    assert 'src="data:image/png;base64' in html
+    assert "http" not in html.replace("http://www.w3.org", "")  # nothing is fetched: one file is the report
+    table = pd.read_csv(moved / "table.csv").set_index("strategy")
+    assert f"{table.loc['limbic', 'auroc']:.3f}" in html
+
+
+def test_data_of_unknown_origin_is_not_called_real(store):
+    gone = planted_store(store.parent / "gone", subjects=12, effect=0.0, frames=60, per_label=1, every=60)
+    (store.parent / "derivatives" / "truth.json").unlink(missing_ok=True)
+    assert describe_data(gone)["synthetic"] is None
+
+
+@pytest.mark.parametrize("name", ["paper", "leave_one_site_out", "demo"])
+def test_ready_made_sweeps_are_valid(name):
+    assert read_sweep(ROOT / "configs" / "sweeps" / f"{name}.json").strategies
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"strategies": ["limbo"]}, "no such config"),
+        ({"baselines": ["luck"]}, "unknown"),
+        ({"steps": ["dance"]}, "unknown"),
+        ({"strategies": ["limbic", "limbic"]}, "same name"),
+        ({"flavour": 1}, "not a sweep"),
+        ({}, "nothing to run"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, content, message):
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps({"store": "s", "results": "r", "splits": {}} | content))
+    with pytest.raises(InputError, match=message):
+        read_sweep(path)

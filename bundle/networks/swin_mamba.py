@@ -253,9 +253,10 @@ class SwinMambaEncoder(nn.Module):
         full_last_stage: the last stage's windows span the whole space (and window_size[3] frames), unshifted;
             else it is like the others.
         checkpointing: recompute each block in the backward pass, scan included: less memory, more time.
-        skip_background: leave windows without any brain as they are, in every block, which saves about half of
-            the work. Changes results: background tokens hold a constant and embeddings, not zero, and windows
-            of later blocks mix them with the brain's. See docs/performance.md for by how much.
+        skip_background: leave windows without any brain as they are, in every block: at full size a sixth to a
+            third of those of the first stage. Changes results: background tokens hold a constant and
+            embeddings, not zero, and windows of later blocks mix them with the brain's; see
+            docs/performance.md.
         orientation: direction of x in the images that the weights were trained on. Input is always RAS. With
             "LAS" it is mirrored on the way in and the result mirrored back. (Mirrored weights would not do
             the same: Mamba reads a window's tokens in one direction of x.)

@@ -221,7 +221,7 @@ def _dask_executor(scheduler: str, stack: ExitStack) -> tuple[Executor, type[Exc
     try:
         from dask.distributed import Client, KilledWorker
     except ImportError as error:
-        raise InputError("--scheduler needs Dask; install it with `pip install 'dask[distributed]'`") from error
+        raise InputError("--scheduler needs Dask; install it with `pip install distributed`") from error
     try:
         client = stack.enter_context(Client(scheduler))
     except (OSError, ValueError) as error:

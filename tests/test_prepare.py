@@ -21,6 +21,7 @@ from bundle import grid, store
 from bundle import prepare as module
 from bundle.errors import InputError
 from bundle.prepare import Preparation, prepare
+from bundle.sources import find_runs
 
 
 def status_of(summary):
@@ -238,7 +239,7 @@ def test_many_processes_give_what_one_gives_to_the_byte(files):
 
 
 def test_dask_gives_what_one_process_gives_to_the_byte(files):
-    distributed = pytest.importorskip("distributed", reason="Dask is not installed; pip install 'dask[distributed]'")
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed; pip install distributed")
     runs = [run_of(files / f"{name}.nii.gz", f"sub-{name}") for name in ("a", "cut", "b")]
     one = prepare(runs, files / "one" / "store")
     with distributed.LocalCluster(
@@ -249,7 +250,7 @@ def test_dask_gives_what_one_process_gives_to_the_byte(files):
 
 
 def test_a_scheduler_that_does_not_answer_is_said_plainly(files):
-    pytest.importorskip("distributed", reason="Dask is not installed; pip install 'dask[distributed]'")
+    pytest.importorskip("distributed", reason="Dask is not installed; pip install distributed")
     with pytest.raises(InputError, match=r"no Dask scheduler answers at nonsense://1"):
         prepare([run_of(files / "a.nii.gz", "sub-a")], files / "store", scheduler="nonsense://1")
 
@@ -282,6 +283,22 @@ def test_bad_parameters_are_refused(bad):
 def test_nothing_to_prepare_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no runs"):
         prepare([], tmp_path / "store")
+
+
+def test_band_passed_athena_runs_keep_their_negative_half_and_every_session(tmp_path):
+    (tmp_path / "phenotypes.csv").write_text("ScanDir ID,Site,DX\n10042,5,3\n")
+    for session in (1, 2):
+        data = coarse_signal(24, session, mean=0.0, sd=1.0)  # around 0, as sfnwmrda files are
+        path = tmp_path / f"0010042/sfnwmrda0010042_session_{session}_rest_1.nii.gz"
+        save_bold(path, data, tr=2.0, sform=1)  # Athena's names say MNI, the headers need not
+    assert prepare(find_runs(tmp_path), tmp_path / "store")["prepared"] == 2
+    records = store.read_manifest(tmp_path / "store")["runs"]
+    assert [record["run_id"] for record in records] == [f"sub-0010042_ses-{n}_task-rest_run-1" for n in (1, 2)]
+    for record in records:
+        z = store.read_clip(tmp_path / "store", record["run_id"], 0, record["frames"])
+        assert abs(record["mean"]) < 0.01
+        assert 0.48 < (z < 0).mean() < 0.52
+        assert (record["site"], record["diagnosis"]) == ("NYU", 1)
 
 
 # --- real files -------------------------------------------------------------------------------------------------------

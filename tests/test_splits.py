@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundle.errors import InputError
-from bundle.splits import SETS, check_participants, count_table, load_splits, make_splits, save_splits
+from bundle.splits import (
+    SETS,
+    check_participants,
+    count_table,
+    load_splits,
+    make_splits,
+    save_all_splits,
+    save_splits,
+)
 
 
 def cohort(per_group: int, sites: int = 3) -> list[dict]:
@@ -121,3 +129,24 @@ def test_files_that_are_no_split_file_are_refused(tmp_path, text):
 def test_absent_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="no split file"):
         load_splits(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("by_site", "names"),
+    [(False, [f"fold-{fold}.json" for fold in range(4)]), (True, [f"site-site{site}.json" for site in range(3)])],
+)
+def test_all_folds_or_all_sites_test_everyone_once(tmp_path, by_site, names):
+    counts = save_all_splits(cohort(8), tmp_path, folds=4, seed=1, by_site=by_site)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    splits = [load_splits(tmp_path / name) for name in names]
+    tested = [participant for made in splits for participant in made["sets"]["test"]]
+    assert sorted(tested) == sorted(run["participant_id"] for run in cohort(8))
+    if by_site:
+        assert [{p[4] for p in made["sets"]["test"]} for made in splits] == [{"0"}, {"1"}, {"2"}]
+    assert sum(row["participants"] for row in counts) == len(names) * len(cohort(8))
+    assert {row["file"] for row in counts} == set(names)
+
+
+def test_one_site_cannot_be_left_out(tmp_path):
+    with pytest.raises(InputError, match="only the site site0"):
+        save_all_splits(cohort(8, sites=1), tmp_path, folds=4, by_site=True)

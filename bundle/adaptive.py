@@ -5,10 +5,12 @@ The future work that arXiv 2511.00443 names. `CurriculumMaskd` hides one region 
 `RegionWeightedMSELoss` says instead how much a voxel of each region counts.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -22,6 +24,7 @@ from bundle.atlas import REGIONS, Regions, labels_on, load_atlas, region_labels
 from bundle.errors import InputError
 from bundle.mask_transforms import AAL3ROIMaskd
 from bundle.metrics import EngineMetric
+from bundle.store import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -94,14 +97,6 @@ class CurriculumMaskd(AAL3ROIMaskd):
         choice = int(rng.choice(len(self.choices), p=self.probabilities))
         return torch.from_numpy(masking.region_mask(labels, self.choices[choice]))
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """The probabilities, for the checkpoint: a resumed run goes on with the same curriculum."""
-        return {"probabilities": self.probabilities.tolist()}
-
-    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
-        """Restore what `state_dict` returned."""
-        self.probabilities = np.array(state["probabilities"])
-
 
 class RegionMSE(EngineMetric):
     """Mean squared error of each region's masked voxels, over all clips and ranks.
@@ -142,26 +137,60 @@ class RegionMSE(EngineMetric):
 
 
 class FollowRegionErrors:
-    """Validator's handler: after each validation, give the curriculum the regions' errors.
+    """Validator's handler: after each validation, give the curriculum the regions' errors, and write it down.
 
     Args:
         mask: the curriculum of the trainer.
         metric: name of the validator's `RegionMSE`.
+        history: JSON file, epoch to probabilities, for `ResumeCurriculum`. It is written before the epoch's
+            checkpoint is, so that no checkpoint lacks its entry.
     """
 
-    def __init__(self, mask: CurriculumMaskd, metric: str) -> None:
+    def __init__(self, mask: CurriculumMaskd, metric: str, history: str | Path) -> None:
         self.mask = mask
         self.metric = metric
+        self.history = Path(history)
 
     def attach(self, engine: Engine) -> None:
         """Register with a validator."""
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Follow the errors."""
+        """Follow the errors; the validator's epoch is the trainer's."""
         self.mask.follow(engine.state.metrics[self.metric])
         shares = zip(self.mask.regions, self.mask.probabilities, strict=True)
         logger.info("Next masks: %s", ", ".join(f"{region} {share:.0%}" for region, share in shares))
+        if idist.get_rank() == 0:
+            entry = {str(engine.state.epoch): self.mask.probabilities.tolist()}
+            write_text(self.history, json.dumps(_read_history(self.history) | entry) + "\n")
+
+
+class ResumeCurriculum:
+    """Trainer's handler, after the one that resumes: go on with the curriculum of the epoch resumed from.
+
+    Args:
+        mask: the curriculum.
+        history: what `FollowRegionErrors` writes.
+    """
+
+    def __init__(self, mask: CurriculumMaskd, history: str | Path) -> None:
+        self.mask = mask
+        self.history = Path(history)
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Restore the probabilities, or keep equal ones before the first validation."""
+        known = {int(epoch): values for epoch, values in _read_history(self.history).items()}
+        done = [epoch for epoch in known if epoch <= engine.state.epoch]
+        if done:  # the last validation at or before the epoch: not every epoch need be validated
+            self.mask.probabilities = np.array(known[max(done)])
+
+
+def _read_history(path: Path) -> dict[str, list[float]]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 class RegionWeightedMSELoss(nn.Module):

@@ -144,12 +144,14 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
     shared = {
         "data": read_manifest(sweep.store)["parameters_hash"],
         "runs": [[run[key] for key in ("run_id", "source_sha256", "site", "diagnosis", "participant")] for run in runs],
+        "resamples": sweep.bootstrap_resamples,
+        "version": version("brain-fmri-roi-mae"),
+    }
+    networks_only = {
         "configs": {name: config_file(name).read_text() for name in ("pretrain", "train", "evaluate", *sweep.steps)},
         "overlays": [config_file(name).read_text() for name in sweep.configs],
         "overrides": dict(sweep.overrides),
         "steps": list(sweep.steps),
-        "resamples": sweep.bootstrap_resamples,
-        "version": version("brain-fmri-roi-mae"),
     }
     known = [name for name in sweep.baselines if name != "head_motion" or mean_motion(runs) is not None]
     if len(known) < len(sweep.baselines):
@@ -160,6 +162,7 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
     for (strategy, seed, baseline), (fold, splits) in _in_order(baselines + networks, folds):
         own = {"strategy": asdict(strategy), "seed": seed, "splits": splits["sha256"], "baseline": baseline}
         own["mask"] = None if strategy.mask is None else config_file(strategy.mask).read_text()
+        own |= {} if baseline else networks_only
         name = f"{_slug(strategy.name)}__seed-{seed}__fold-{_slug(fold)}"
         cells.append(
             Cell(

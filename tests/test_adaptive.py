@@ -7,7 +7,14 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 
 from bundle import grid
-from bundle.adaptive import CurriculumMaskd, FollowRegionErrors, RegionMSE, RegionWeightedMSELoss, region_index
+from bundle.adaptive import (
+    CurriculumMaskd,
+    FollowRegionErrors,
+    RegionMSE,
+    RegionWeightedMSELoss,
+    ResumeCurriculum,
+    region_index,
+)
 from bundle.atlas import REGIONS, labels_on, load_atlas
 from bundle.errors import InputError
 from bundle.losses import masked_mse
@@ -44,12 +51,24 @@ def test_frozen_copy_keeps_its_masks_while_the_curriculum_moves():
     assert len(set(before)) > 3
 
 
-def test_curriculum_survives_a_restart():
-    mask, other = CurriculumMaskd("image"), CurriculumMaskd("image")
-    mask.follow({"limbic": 2.0, "parietal": 1.0})
-    other.load_state_dict(mask.state_dict())
-    assert other.probabilities.tolist() == mask.probabilities.tolist()
-    assert sum(other.probabilities) == pytest.approx(1)
+def test_a_resumed_run_goes_on_with_the_curriculum_of_its_epoch(tmp_path):
+    """The history holds a later epoch too, whose checkpoint was never written: it must not be taken."""
+    history = tmp_path / "curriculum.json"
+    mask, resumed = CurriculumMaskd("image"), CurriculumMaskd("image")
+    after = {}
+    for epoch, error in ((1, 2.0), (2, 5.0), (3, 9.0)):
+        engine = Engine(lambda *_: None)
+        engine.state.epoch, engine.state.metrics = epoch, {"mse": {"limbic": error, "parietal": 1.0}}
+        FollowRegionErrors(mask, "mse", history)(engine)
+        after[epoch] = mask.probabilities.tolist()
+    engine = Engine(lambda *_: None)
+    engine.state.epoch = 2
+    ResumeCurriculum(resumed, history)(engine)
+    assert resumed.probabilities.tolist() == after[2]
+    assert sum(after[2]) == pytest.approx(1)
+    engine.state.epoch, fresh = 0, CurriculumMaskd("image")
+    ResumeCurriculum(fresh, history)(engine)
+    assert fresh.probabilities.tolist() == CurriculumMaskd("image").probabilities.tolist()
 
 
 def batch(seed: int = 0) -> tuple[torch.Tensor, dict]:
@@ -59,13 +78,13 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, dict]:
     return prediction, {"image": image, "mask": mask}
 
 
-def test_handler_feeds_the_errors_of_the_regions_by_numpy():
+def test_handler_feeds_the_errors_of_the_regions_by_numpy(tmp_path):
     prediction, target = batch()
     metric = RegionMSE()
     mask = CurriculumMaskd("image", floor=0.0)
     engine = Engine(lambda _, data: {"pred": data[0], "label": data[1]})
     metric.attach(engine, "val_region_mse")
-    FollowRegionErrors(mask, "val_region_mse").attach(engine)
+    FollowRegionErrors(mask, "val_region_mse", tmp_path / "curriculum.json").attach(engine)
     engine.run([(prediction, target)])
     squared = (prediction - target["image"]).square().numpy()
     hidden = target["mask"].numpy()

@@ -99,9 +99,9 @@ def picture(values: np.ndarray, voxels: np.ndarray) -> bytes:
     )  # fmt: skip
     display.add_contours(_image(brain), levels=[0.5], colors="white", linewidths=0.7)
     labels = atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE)
-    for colour, members in zip(colormaps["Set1"].colors, atlas.REGIONS.values(), strict=False):
+    for number, members in enumerate(atlas.REGIONS.values()):
         region = np.isin(labels, members).astype(np.float32)
-        display.add_contours(_image(region), levels=[0.5], colors=[colour], linewidths=0.6)
+        display.add_contours(_image(region), levels=[0.5], colors=[colormaps["Set1"](number)], linewidths=0.6)
     file = io.BytesIO()
     figure.savefig(file, dpi=80, facecolor="black")
     return file.getvalue()

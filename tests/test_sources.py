@@ -262,8 +262,10 @@ def test_a_folder_a_glob_and_a_file(tmp_path):
     for name in ("a/rest.nii.gz", "b c/rest.nii", "b c/rest_mask.nii", "sub-07_task-x_bold.nii"):
         touch(tmp_path / "data" / name)
     touch(tmp_path / "data/notes.txt")
+    touch(tmp_path / "data/pair.hdr")
+    touch(tmp_path / "data/pair.img")
     runs = find_runs(tmp_path / "data", labels="optional")
-    assert [run["run_id"] for run in runs] == ["a_rest", "b-c_rest", "sub-07_task-x"]
+    assert [run["run_id"] for run in runs] == ["a_rest", "b-c_rest", "pair", "sub-07_task-x"]
     assert [run["run_id"] for run in find_runs(f"{tmp_path}/data/*/rest.nii*", labels="optional")] == [
         "a_rest",
         "b-c_rest",
@@ -271,7 +273,7 @@ def test_a_folder_a_glob_and_a_file(tmp_path):
     (run,) = find_runs(tmp_path / "data/a/rest.nii.gz", labels="optional", tr=2.0, space="MNI")
     assert (run["run_id"], run["tr"], run["space"]) == ("rest", 2.0, "MNI")
     touch(tmp_path / "labels.csv", "participant_id,site,diagnosis\na_rest,A,1\n")
-    first, second, _ = find_runs(tmp_path / "data", participants=tmp_path / "labels.csv")
+    first, second, *_ = find_runs(tmp_path / "data", participants=tmp_path / "labels.csv")
     assert (first["diagnosis"], "no row" in second["problem"]) == (1, True)
 
 

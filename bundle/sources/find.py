@@ -15,7 +15,7 @@ from bundle.sources.table import from_table
 logger = logging.getLogger(__name__)
 
 LAYOUTS = ("auto", "bids", "adhd200", "nilearn-adhd", "files", "table")
-_NIFTI = (".nii", ".nii.gz")
+_NIFTI = (".nii", ".nii.gz", ".hdr")
 
 
 def find_runs(
@@ -91,7 +91,7 @@ def _layout_of(paths: list[Path], root: Path, source: str | Path) -> str:
     if path.is_file() and not path.name.endswith(_NIFTI):
         return "table"
     if not paths:
-        raise InputError(f"{source} holds no .nii or .nii.gz file; check the path")
+        raise InputError(f"{source} holds no .nii, .nii.gz or .hdr file; check the path")
     signs = {
         "bids": path.is_dir() and bool(bold_files(root)),
         "adhd200": any(ATHENA.fullmatch(file.name) for file in paths),

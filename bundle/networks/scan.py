@@ -95,7 +95,7 @@ def _walk(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) 
     tile = min(b, rows_per_tile(u.device, n, d))
     starts = u.new_zeros(b, math.ceil(length / CHUNK), n, d)  # state before each chunk
     gains_buffer, states_buffer = u.new_empty(2, tile, CHUNK, n, d)
-    y = D * u
+    y = torch.empty_like(u)
     for first in range(0, b, tile):
         rows = slice(first, min(first + tile, b))
         for chunk, t in enumerate(range(0, length, CHUNK)):
@@ -105,8 +105,8 @@ def _walk(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) 
             last = _advance(starts[rows, chunk], delta[at], drive[at], B[at], log2_decay, gains, states)
             if chunk + 1 < starts.shape[1]:
                 starts[rows, chunk + 1] = last
-            y[at] += torch.matmul(C[at].unsqueeze(2), states).squeeze(2)  # (r, k, 1, n) @ (r, k, n, d)
-    return y, starts
+            y[at] = torch.matmul(C[at].unsqueeze(2), states).squeeze(2)  # (r, k, 1, n) @ (r, k, n, d)
+    return y.addcmul_(D, u), starts
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -156,8 +156,8 @@ class _SelectiveScan(torch.autograd.Function):
                 grad_drive[at] = torch.matmul(B[at].unsqueeze(2), grads).squeeze(2)
                 # d h[t] / d (delta[t] A) = gain[t] h[t-1]
                 grad_exponent = gains.mul_(grads)
-                grad_exponent[:, 0] *= start
-                grad_exponent[:, 1:] *= states[:, :-1]
+                grad_exponent[:, 0].mul_(start)  # `*=` would also copy the slice onto itself
+                grad_exponent[:, 1:].mul_(states[:, :-1])
                 grad_delta[at] = torch.mul(grad_exponent, decay, out=states).sum(2)
                 grad_decay += torch.mul(grad_exponent, delta[at].unsqueeze(2), out=states).sum((0, 1))
         grad_delta += grad_drive * u

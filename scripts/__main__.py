@@ -8,7 +8,7 @@ import fire
 from bundle.errors import InputError
 from scripts.commands import convert, export, overlay, preflight, prepare, regions, release, splits, synthesize
 from scripts.demo import demo
-from scripts.experiments import report, sweep
+from scripts.experiments import report, sweep, truth
 
 COMMANDS = {
     "demo": demo,
@@ -23,6 +23,7 @@ COMMANDS = {
     "release": release,
     "sweep": sweep,
     "report": report,
+    "truth": truth,
 }
 
 

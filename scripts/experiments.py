@@ -4,6 +4,7 @@ from bundle.errors import InputError
 from bundle.report import write_report
 from bundle.statistics import finished_cells
 from bundle.sweep import read_sweep, run_sweep
+from bundle.truth import summarise, truth_test
 
 
 def sweep(
@@ -41,3 +42,24 @@ def report(results: str, resamples: int = 2000) -> None:
         resamples: bootstrap resamples and permutations.
     """
     write_report(results, resamples=resamples)
+
+
+def truth(
+    folder: str = "truth",
+    config: str = "configs/sweeps/truth.json",
+    effects: tuple = (0.0, 2.0),
+    seeds: tuple = (0, 1, 2, 3, 4),
+    subjects: int = 48,
+) -> None:
+    """Check on SYNTHETIC cohorts that a planted effect is found, and that nothing is found without one.
+
+    Args:
+        folder: where the cohorts and the results go; truth.csv and truth_summary.json are written there.
+        config: JSON file of the sweep to run on each cohort.
+        effects: planted effects, Cohen's d of limbic-cerebellar coupling; 0 plants none.
+        seeds: seeds of the cohorts.
+        subjects: size of each cohort.
+    """
+    table = truth_test(folder, read_sweep(config), effects=effects, seeds=seeds, subjects=subjects)
+    print("SYNTHETIC data: AUROC over subjects, and how many cohorts' 95 % intervals are above, or cover, chance")
+    print(summarise(table).to_string(index=False, float_format="%.3f"))

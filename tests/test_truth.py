@@ -1,0 +1,30 @@
+"""The truth test in small: few labels, one cohort with a strong effect and one without; see `scripts truth`."""
+
+import pandas as pd
+import pytest
+from small_stores import planted_store
+
+from bundle.sweep import Sweep
+from bundle.truth import summarise, truth_test
+
+
+def cohort(folder, subjects, effect, seed):
+    """28 labels, 3 limbic and 5 cerebellar: 25 of 25 simulated cohorts beat chance (with 14 labels 11 of 25 do)."""
+    return planted_store(folder, subjects, effect, seed, every=6)
+
+
+def test_planted_effect_is_found_over_all_subjects(tmp_path):
+    sweep = Sweep("", "", {"folds": 3}, baselines=["connectivity_logistic"], bootstrap_resamples=20)
+    table = truth_test(tmp_path, sweep, effects=(0.0, 4.0), seeds=(200,), subjects=48, resamples=200, cohort=cohort)
+    assert table["effect"].tolist() == [0.0, 4.0]
+    assert table.loc[1, "low"] > 0.5
+    assert table.loc[1, "value"] > table.loc[0, "value"]
+    assert (tmp_path / "truth.csv").is_file()
+
+
+def test_shares_count_cohorts():
+    rows = [(0, 0.4, 0.6), (0, 0.55, 0.7), (2, 0.6, 0.9), (2, 0.7, 0.9)]
+    table = pd.DataFrame(rows, columns=["effect", "low", "high"]).assign(strategy="a", value=0.5, seed=range(4))
+    found = summarise(table).set_index("effect")
+    assert found["share_above_chance"].tolist() == pytest.approx([0.5, 1.0])
+    assert found["share_covering_chance"].tolist() == pytest.approx([0.5, 0.0])

@@ -6,8 +6,8 @@ import numpy as np
 
 from bundle import grid
 from bundle.atlas import labels_on, load_atlas
-from bundle.store import write_manifest, write_run
 from bundle.signals import group_latents, label_signals
+from bundle.store import write_manifest, write_run
 from bundle.synthetic import SITES, plan_cohort
 
 TR = 0.8

@@ -47,8 +47,8 @@ def run_bundle(run_id: str, configs: Sequence[str], overrides: Mapping[str, Any]
     for name, value in overrides.items():
         command += [f"--{name}", str(value)]
     logger.info("%s", " ".join(command))
-    # idle OpenMP threads that spin slow the scan several times on a machine that does other work too
-    environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
+    # idle OpenMP threads that spin for long slow the scan many times on a machine that does other work too
+    environment = {"GOMP_SPINCOUNT": "1000"} | os.environ
     if log is None:
         status = subprocess.run(command, env=environment, check=False).returncode
     else:

@@ -147,13 +147,16 @@ def synthetic_store(folder: Path, runs: int = 4, frames: int = 200, quick: bool 
     return clips(records)
 
 
-def read_all(folder: Path, items: list[dict], batch: int, workers: int, device: str = "cpu") -> Callable:
-    """A function that reads every clip with the training's loader and makes dense batches on the device."""
+def read_all(
+    folder: Path, items: list[dict], batch: int, workers: int, device: str = "cpu", dense: bool = True
+) -> Callable:
+    """A function that reads every clip with the training's loader and, if dense, makes batches on the device."""
     loader = DataLoader(Dataset(items, ReadClipd(folder)), batch_size=batch, num_workers=workers, collate_fn=keep_items)
     prepare = PrepareBatch([ScatterClipd(device), TimeLastd()])
 
     def run() -> None:
         for batch_items in loader:
-            prepare(batch_items, device)
+            if dense:
+                prepare(batch_items, device)
 
     return run

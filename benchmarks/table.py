@@ -172,7 +172,9 @@ def _classifier_rows(size: dict, image: torch.Tensor, loop: bool, repeats: int, 
 def _loading_rows(quick: bool, repeats: int) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         items = synthetic_store(Path(folder), runs=1 if quick else 4, frames=40 if quick else 200, quick=quick)
-        for workers in (0, 2):
-            found = measure(read_all(Path(folder), items, batch=4, workers=workers), min(repeats, 3))
-            name = f"loading {len(items)} clips, {workers} workers: {len(items) / found.median:.1f} clips/s"
+        for workers, dense in ((0, False), (2, False), (0, True), (2, True)):
+            run = read_all(Path(folder), items, batch=4, workers=workers, dense=dense)
+            found = measure(run, min(repeats, 3))
+            what = "reading and placing on the grid, on the CPU," if dense else "reading"
+            name = f"{what} {len(items)} clips, {workers} workers: {len(items) / found.median:.1f} clips/s"
             yield row(name, found)

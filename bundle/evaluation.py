@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,19 +55,39 @@ def score_table(
             truth = np.repeat([1, 0], [len(cases), len(controls)])
             return subject_scores(truth, np.concatenate([cases, controls]), threshold)[name]
 
-        value = statistic(cases, controls)
-        interval = bootstrap(
-            (cases, controls),
-            statistic,
-            n_resamples=resamples,
-            vectorized=False,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-        table[name] = {"value": value, "low": float(interval.low), "high": float(interval.high)}
+        table[name] = with_interval(cases, controls, statistic, resamples, seed)
     majority = max(len(cases), len(controls)) / len(labels)
     table["majority_accuracy"] = {"value": majority, "low": majority, "high": majority}
     return table
+
+
+def with_interval(
+    cases: np.ndarray, controls: np.ndarray, statistic: Callable[..., float], resamples: int, seed: int
+) -> dict[str, float]:
+    """A statistic with its 95 % percentile bootstrap interval, cases and controls resampled apart.
+
+    Args:
+        cases: (n,) what the statistic takes first, one per case.
+        controls: (m,) what it takes second, one per control.
+        statistic: of ``(cases, controls)``.
+        resamples: number of bootstrap resamples.
+        seed: seed of the resampling.
+
+    Returns:
+        ``{"value", "low", "high"}``; the limits are NaN where a group has fewer than two members.
+    """
+    value = statistic(cases, controls)
+    if min(len(cases), len(controls)) < 2:
+        return {"value": value, "low": float("nan"), "high": float("nan")}
+    interval = bootstrap(
+        (cases, controls),
+        statistic,
+        n_resamples=resamples,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return {"value": value, "low": float(interval.low), "high": float(interval.high)}
 
 
 def evaluate(

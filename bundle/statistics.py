@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, permutation_test, rankdata
+from scipy.stats import permutation_test, rankdata
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from bundle.errors import InputError
+from bundle.evaluation import with_interval
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def pooled_scores(tested: Outcomes, resamples: int = 2000, seed: int = 0) -> dic
             def statistic(a: NDArray, b: NDArray) -> float:  # type: ignore[misc]
                 return float(tested.correct[a].mean() + tested.correct[b].mean()) / 2
 
-        scores[metric] = _with_interval(cases, controls, statistic, resamples, seed)
+        scores[metric] = with_interval(cases, controls, statistic, resamples, seed)
         single = [
             metric_of(Outcomes(tested.participants, tested.labels, tested.folds, m[:, None]), metric)
             for m in tested.margins.T
@@ -116,21 +117,6 @@ def metric_of(tested: Outcomes, metric: str) -> float:
         return float(tested.correct[cases].mean() + tested.correct[controls].mean()) / 2
     agree = _concordance(tested.margins[cases], tested.margins[controls])
     return _weighted_mean(agree, _same_fold(tested, cases, controls))
-
-
-def _with_interval(cases: NDArray, controls: NDArray, statistic: Any, resamples: int, seed: int) -> dict[str, float]:
-    value = statistic(cases, controls)
-    if min(len(cases), len(controls)) < 2:
-        return {"value": value, "low": float("nan"), "high": float("nan")}
-    found = bootstrap(
-        (cases, controls),
-        statistic,
-        n_resamples=resamples,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return {"value": value, "low": float(found.low), "high": float(found.high)}
 
 
 def _same_fold(tested: Outcomes, cases: NDArray, controls: NDArray) -> NDArray[np.float64]:

@@ -37,6 +37,14 @@ def test_scores_are_those_of_scikit_learn_and_intervals_hold_them():
         assert score["low"] <= score["value"] <= score["high"]
 
 
+def test_a_single_case_has_a_score_and_no_interval():
+    """As where a small site is left out."""
+    table = score_table(np.array([0, 0, 1]), np.array([-1.0, 2.0, 1.0]), threshold=0.0, resamples=50, seed=0)
+    assert table["auroc"]["value"] == 0.5
+    assert np.isnan(table["auroc"]["low"])
+    assert np.isnan(table["auroc"]["high"])
+
+
 def test_interval_of_auroc_has_the_textbook_width():
     """Hanley & McNeil (1982) standard error of the AUROC, within 25 %."""
     rng = np.random.default_rng(2)

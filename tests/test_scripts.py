@@ -28,8 +28,8 @@ def test_regions_of_the_reference_atlas_are_table_1(shared: Path, capsys: pytest
     """Rows and their order as in Table 1 of arXiv 2511.00443."""
     commands.regions(str(shared / "atlas" / "AAL3v1_res-02_dseg.nii.gz"))
     table = pd.read_csv(io.StringIO(capsys.readouterr().out), sep="\t")
-    assert table.columns.tolist() == ["region", "voxels", "percent", "labels"]
-    assert dict(zip(table["region"], table["voxels"], strict=True)) == {
+    assert table.columns.tolist() == ["name", "voxels", "percent", "labels"]
+    assert dict(zip(table["name"], table["voxels"], strict=True)) == {
         "frontal": 53985,
         "parietal": 30927,
         "temporal": 26584,
@@ -38,6 +38,15 @@ def test_regions_of_the_reference_atlas_are_table_1(shared: Path, capsys: pytest
         "limbic": 12690,
         "subcortical": 7165,
     }
+    assert table["labels"].tolist() == [
+        "1-16,19-32",
+        "61-74",
+        "83-94",
+        "47-60",
+        "95-120",
+        "17-18,37-46,151-156",
+        "75-80,121-150,157-170",
+    ]
     assert table["percent"].tolist() == [29.06, 16.65, 14.31, 14.19, 13.14, 6.83, 3.86]
 
 

@@ -175,6 +175,6 @@ def _loading_rows(quick: bool, repeats: int) -> Iterator[list[str]]:
         for workers, dense in ((0, False), (2, False), (0, True), (2, True)):
             run = read_all(Path(folder), items, batch=4, workers=workers, dense=dense)
             found = measure(run, min(repeats, 3))
-            what = "reading and placing on the grid, on the CPU," if dense else "reading"
+            what = "loading and placing on the grid, on the CPU," if dense else "loading"
             name = f"{what} {len(items)} clips, {workers} workers: {len(items) / found.median:.1f} clips/s"
             yield row(name, found)

@@ -87,12 +87,11 @@ class ReconstructionImages:
     """Validator's handler: original, masked and reconstructed slices of one clip, to TensorBoard.
 
     Args:
-        writer: TensorBoard writer; its axis counts validations.
+        writer: TensorBoard writer; its axis is the validator's epoch, which MONAI sets to the trainer's.
     """
 
     def __init__(self, writer: SummaryWriter) -> None:
         self.writer = writer
-        self.step = 0
 
     def attach(self, engine: Engine) -> None:
         """Register with a validator."""
@@ -100,11 +99,10 @@ class ReconstructionImages:
 
     def __call__(self, engine: Engine) -> None:
         """Draw the first clip of the epoch's last batch."""
-        self.step += 1
         output: Any = engine.state.output
         if idist.get_rank() == 0:
             panel = reconstruction_panel(output["image"][0, 0], output["pred"][0, 0], output["label"]["mask"][0, 0])
-            self.writer.add_image("original | masked | reconstructed", panel, self.step, dataformats="HW")
+            self.writer.add_image("original | masked | reconstructed", panel, engine.state.epoch, dataformats="HW")
 
 
 def reconstruction_panel(image: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor) -> np.ndarray:

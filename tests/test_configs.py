@@ -100,6 +100,8 @@ def test_an_interrupted_pretraining_resumes_to_the_same_weights(store: Path, tmp
     for name, tensor in whole["network"].items():
         assert torch.equal(tensor, parts["network"][name]), name
     assert whole["best"] == parts["best"]
+    events = EventAccumulator(str(tmp_path / "parts" / "tensorboard")).Reload()
+    assert [picture.step for picture in events.Images("original | masked | reconstructed")] == [1, 2]
 
 
 @pytest.mark.parametrize(

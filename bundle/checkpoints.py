@@ -1,6 +1,5 @@
 """Checkpoints: written atomically, resumed only under the same settings, loaded without running code."""
 
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from torch import nn
 
 from bundle.errors import InputError
 from bundle.splits import load_splits
-from bundle.store import read_manifest, write_text
+from bundle.store import file_sha256, read_manifest, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -268,9 +267,3 @@ def load_released(network: nn.Module, path: str | Path, facts: Mapping[str, Any]
     Provenance(**facts).require(recorded, list(facts), record)
     network.load_state_dict(state, strict=True)
     logger.info("Loaded the model %s", path)
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hash of a file's bytes."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bundle.checkpoints import Provenance, file_sha256, write_checkpoint
+from bundle.checkpoints import Provenance, write_checkpoint
 from bundle.errors import InputError
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.networks.swin_mamba import SwinMambaEncoder
+from bundle.store import file_sha256
 
 logger = logging.getLogger(__name__)
 

@@ -248,8 +248,8 @@ def _identify(preparation: Preparation, run: Run) -> dict[str, Any]:
         bold = open_bold(run["bold"], run["tr"], run["space"])
         files = sorted({holder.filename for holder in bold.image.file_map.values()})
         return {
-            "source_sha256": _sha256(files),
-            "mask_sha256": None if run["mask"] is None else _sha256([run["mask"]]),
+            "source_sha256": store.file_sha256(*files),
+            "mask_sha256": None if run["mask"] is None else store.file_sha256(run["mask"]),
             "confounds_sha256": _confounds_sha256(run, preparation),
             "tr_in": bold.tr,
             "space": bold.space,
@@ -262,19 +262,7 @@ def _identify(preparation: Preparation, run: Run) -> dict[str, Any]:
 def _confounds_sha256(run: Run, preparation: Preparation) -> str | None:
     if not (preparation.cleaning.confounds or preparation.cleaning.max_fd) or run["confounds"] is None:
         return None
-    return _sha256([run["confounds"]])
-
-
-def _sha256(paths: Sequence[str | Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with Path(path).open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    return digest.hexdigest()
+    return store.file_sha256(run["confounds"])
 
 
 def _refuse_duplicates(runs: Sequence[Run], identities: Sequence[dict], stored: Mapping[str, dict]) -> None:

@@ -6,6 +6,7 @@ store/runs/<run_id>/voxels.npy  (V,) int32, flat C-order indices into `grid.SHAP
 store/runs/<run_id>/run.json    the run's record: participant, provenance, mean, SD, fill, coverage
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -110,6 +111,22 @@ def write_text(path: Path, text: str) -> None:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
+
+
+def file_sha256(*paths: str | Path) -> str:
+    """Hash of the bytes of one file, or of several one after another, hexadecimal.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with Path(path).open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    return digest.hexdigest()
 
 
 def read_manifest(store: str | Path) -> dict[str, Any]:

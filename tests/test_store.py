@@ -3,6 +3,7 @@
 Pitfalls 4 and 6. Not covered here: what is put in (test_prepare.py).
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -209,3 +210,13 @@ def test_only_dead_processes_of_this_machine_are_cleaned_up_after(tmp_path):
     store.clean_unfinished(tmp_path)
     assert {path.name for path in runs.iterdir()} == {names["live"], names["elsewhere"]}
     assert store.read_records(tmp_path) == {}
+
+
+def test_hash_of_files_is_that_of_their_bytes_in_order(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"a" * 300_000)
+    two.write_bytes(b"b")
+    assert store.file_sha256(one, two) == hashlib.sha256(b"a" * 300_000 + b"b").hexdigest()
+    assert store.file_sha256(two) == hashlib.sha256(b"b").hexdigest()
+    with pytest.raises(InputError, match="none cannot be read"):
+        store.file_sha256(one, tmp_path / "none")

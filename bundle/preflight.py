@@ -16,8 +16,9 @@ from nilearn import plotting
 
 from bundle import atlas, grid, run_report
 from bundle.errors import InputError
-from bundle.prepare import Preparation, attempt, each_on, identify_all, prepared_item, row_of
+from bundle.prepare import Preparation, attempt, identify_all, prepared_item, row_of
 from bundle.sources import Run
+from bundle.workers import each_on
 
 logger = logging.getLogger(__name__)
 

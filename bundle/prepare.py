@@ -4,20 +4,16 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from bundle import atlas, grid, run_report, store
 from bundle.bold import TR_RANGE, open_bold
@@ -35,6 +31,7 @@ from bundle.transforms import (
     ToGridd,
     ZScored,
 )
+from bundle.workers import each_on
 
 logger = logging.getLogger(__name__)
 
@@ -185,49 +182,6 @@ def refuse_failed_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{len(failed)} of {len(rows)} runs failed and the others are done; the first is {failed[0]['run_id']}: "
             f"{failed[0]['reason']} (all are in the summary and the report)"
         )
-
-
-@contextmanager
-def each_on(workers: int, scheduler: str | None) -> Iterator[Callable[[Callable, Sequence, str], list]]:
-    """Give a function `each(function, tasks, what)` that maps over tasks here, in processes, or on Dask's workers.
-
-    Raises:
-        InputError: Dask is not installed or does not answer, or a worker was killed.
-    """
-
-    def each(function: Callable, tasks: Sequence, what: str) -> list:
-        results = executor.map(function, tasks) if executor else map(function, tasks)
-        return list(tqdm(results, total=len(tasks), desc=what, unit="run"))
-
-    with ExitStack() as stack:
-        executor: Any = None
-        deaths: tuple[type[Exception], ...] = (BrokenExecutor,)
-        if scheduler is not None:
-            executor, killed = _dask_executor(scheduler, stack)
-            deaths = (BrokenExecutor, killed)
-        elif workers > 1:
-            executor = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
-        try:
-            yield each
-        except deaths as error:
-            raise InputError(
-                "a worker process ended abruptly, most likely out of memory; run again with fewer workers, "
-                "finished runs are kept"
-            ) from error
-
-
-def _dask_executor(scheduler: str, stack: ExitStack) -> tuple[Executor, type[Exception]]:
-    """An executor on a Dask scheduler's workers, and what it raises when they die."""
-    try:
-        from dask.distributed import Client, KilledWorker
-    except ImportError as error:
-        raise InputError("--scheduler needs Dask; install it with `pip install distributed`") from error
-    try:
-        client = stack.enter_context(Client(scheduler))
-    except (OSError, ValueError) as error:
-        raise InputError(f"no Dask scheduler answers at {scheduler} ({error}); check the address") from error
-    # pure=False: a task of an earlier call, whose files have changed since, must not be taken for this one
-    return client.get_executor(pure=False), KilledWorker
 
 
 def identify_all(

@@ -24,9 +24,9 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ from bundle.errors import InputError
 from bundle.run import config_file, run_bundle
 from bundle.splits import make_splits, save_splits
 from bundle.store import read_manifest, write_text
+from bundle.workers import dask_executor
 
 logger = logging.getLogger(__name__)
 
@@ -166,14 +167,14 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
         name = f"{_slug(strategy.name)}__seed-{seed}__fold-{_slug(fold)}"
         cells.append(
             Cell(
-                strategy=strategy,
+                strategy=replace(strategy, mask=strategy.mask and _anywhere(strategy.mask)),
                 seed=seed,
                 fold=fold,
                 folder=str(results / "cells" / name),
                 store=str(Path(sweep.store).absolute()),
                 splits_file=str(results / "splits" / f"fold-{_slug(fold)}.json"),
                 baseline=baseline,
-                configs=tuple(sweep.configs),
+                configs=tuple(map(_anywhere, sweep.configs)),
                 overrides=dict(sweep.overrides),
                 steps=tuple(sweep.steps),
                 resamples=sweep.bootstrap_resamples,
@@ -181,6 +182,11 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
             )
         )
     return cells
+
+
+def _anywhere(config: str) -> str:
+    """Name of a config that means the same in the working directory of a Dask worker."""
+    return str(config_file(config)) if config.endswith(".json") else config
 
 
 def _in_order(kinds: list, folds: Mapping[str, dict]) -> Iterator[tuple]:
@@ -222,34 +228,43 @@ def run_sweep(sweep: Sweep, workers: int = 1, scheduler: str | None = None) -> l
     _write_plan(sweep, cells)
     todo = [cell for cell in cells if not is_finished(cell)]
     logger.info("%d of %d cells are finished; %d to run", len(cells) - len(todo), len(cells), len(todo))
-    failures = []
     with _executor(workers, scheduler) as executor:
-        for baseline in (True, False):  # bars of their own: baselines are fast, and would spoil the estimate
-            part = [cell for cell in todo if cell.baseline == baseline]
-            futures = {executor.submit(run_cell, cell): cell for cell in part}
-            bar = tqdm(total=len(part), desc="baselines" if baseline else "networks", unit="cell", disable=not part)
-            for future in as_completed(futures):
-                error = future.exception()
-                if error is not None:
-                    failures.append(f"{Path(futures[future].folder).name}: {error}")
-                    logger.error("cell %s", failures[-1], exc_info=None if isinstance(error, InputError) else error)
-                bar.update()
-            bar.close()
+        # bars of their own: baselines are fast, and would spoil the estimate
+        failures = _run_all(executor, [cell for cell in todo if cell.baseline], "baselines")
+        return failures + _run_all(executor, [cell for cell in todo if not cell.baseline], "networks")
+
+
+def _run_all(executor: Executor, cells: Sequence[Cell], what: str) -> list[str]:
+    """Run cells in any order, with a bar that estimates the time left; return what went wrong."""
+    failures = []
+    futures = {executor.submit(run_cell, cell): cell for cell in cells}
+    with tqdm(total=len(cells), desc=what, unit="cell", disable=not cells) as bar:
+        for future in as_completed(futures):
+            error = _error(future)
+            if error is not None:
+                failures.append(f"{Path(futures[future].folder).name}: {error}")
+                logger.error("cell %s", failures[-1], exc_info=None if isinstance(error, InputError) else error)
+            bar.update()
     return failures
+
+
+def _error(future: Future) -> BaseException | None:
+    if future.cancelled():  # by Dask
+        return InputError("the connection to the Dask scheduler was lost; start it again, and the sweep")
+    return future.exception()
 
 
 @contextmanager
 def _executor(workers: int, scheduler: str | None) -> Iterator[Executor]:
     if scheduler is None:
-        with ThreadPoolExecutor(workers) as pool:  # each cell's work is in processes of its own
+        pool = ThreadPoolExecutor(workers)  # each cell's work is in processes of its own
+        try:
             yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)  # when interrupted, begin no other cell
         return
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise InputError("--scheduler needs Dask; run `pip install 'brain-fmri-roi-mae[dask]'`") from error
-    with Client(scheduler) as client, client.get_executor(pure=False, retries=1) as pool:
-        yield pool
+    with dask_executor(scheduler) as (remote, _):
+        yield remote
 
 
 def is_finished(cell: Cell) -> bool:
@@ -381,7 +396,7 @@ def _write_plan(sweep: Sweep, cells: Sequence[Cell]) -> None:
     plan = asdict(sweep) | {"cells": {Path(cell.folder).name: cell.sha256 for cell in cells}}
     write_text(results / "sweep.json", json.dumps(plan, indent=1) + "\n")
     write_text(results / "data.json", json.dumps(describe_data(sweep.store), indent=1) + "\n")
-    masks = [cell.strategy.mask for cell in cells if cell.strategy.mask is not None]
+    masks = [strategy.mask for strategy in map(_strategy, sweep.strategies) if strategy.mask is not None]
     for name in dict.fromkeys(["pretrain", "train", "evaluate", *sweep.steps, *sweep.configs, *masks]):
         file = config_file(name)
         write_text(results / "configs" / f"{_slug(name.removesuffix('.json'))}.json", file.read_text())

@@ -17,7 +17,7 @@ import pytest
 from nilearn.image import load_img, resample_img
 from small_runs import coarse_brain, coarse_signal, run_of, save_bold, save_mask
 
-from bundle import grid, store
+from bundle import grid, store, workers
 from bundle import prepare as module
 from bundle.errors import InputError
 from bundle.prepare import Preparation, prepare
@@ -264,7 +264,7 @@ class DyingPool(ThreadPoolExecutor):
 
 
 def test_a_killed_worker_is_said_plainly(files, monkeypatch):
-    monkeypatch.setattr(module, "ProcessPoolExecutor", DyingPool)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", DyingPool)
     with pytest.raises(InputError, match="fewer workers"):
         prepare([run_of(files / "a.nii.gz", "sub-a")], files / "store", workers=2)
 

@@ -1,9 +1,13 @@
 """The sweep: what is finished is never run again, what changed is made anew, and one failing cell stops no other.
 
-The stages are replaced by one that writes what they write: configs and networks are tested elsewhere.
+The stages are replaced by one that writes what they write, except for baselines: configs and networks are tested
+elsewhere. Not covered: Dask workers on other machines, and network stages that they run.
 """
 
 import json
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +89,84 @@ def test_a_failing_cell_is_named_stops_no_other_and_goes_on_where_it_was(store, 
     calls.calls.clear()
     assert run_sweep(small(store, tmp_path)) == []
     assert {call[2] for call in calls.calls} == {"limbic__seed-0__fold-0"}
+
+
+def written(sweep: Sweep) -> dict[Path, int]:
+    """When each file of the cells was written, in ns."""
+    return {path: path.stat().st_mtime_ns for path in (Path(sweep.results) / "cells").rglob("*") if path.is_file()}
+
+
+def test_dask_gives_what_this_machine_gives_to_the_byte_and_goes_on_where_it_was(store, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed; pip install distributed")
+    local, remote = (
+        small(store, tmp_path / name, strategies=[], baselines=["majority", "site_age_sex"])
+        for name in ("local", "dask")
+    )
+    assert run_sweep(local) == []
+    in_the_way = Path(remote.results) / "cells" / "majority__seed-0__fold-1"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()  # a file where the cell's folder should be
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", dashboard_address=None
+    ) as cluster:
+        (failure,) = run_sweep(remote, scheduler=cluster.scheduler_address)
+        assert failure.startswith("majority__seed-0__fold-1: ")
+        assert "cannot be written" in failure
+        assert sum(is_finished(cell) for cell in plan_cells(remote)) == 3
+        in_the_way.unlink()
+        before = written(remote)
+        assert run_sweep(remote, scheduler=cluster.scheduler_address) == []
+        after = written(remote)
+        assert before.items() < after.items()
+        assert run_sweep(remote, scheduler=cluster.scheduler_address) == []
+        assert written(remote) == after
+    for here, there in zip(plan_cells(local), plan_cells(remote), strict=True):
+        for name in ("scores.json", "subjects.tsv"):
+            assert (Path(here.folder) / name).read_bytes() == (Path(there.folder) / name).read_bytes()
+
+
+def test_a_scheduler_that_does_not_answer_is_said_plainly(store, tmp_path):
+    pytest.importorskip("distributed", reason="Dask is not installed; pip install distributed")
+    with pytest.raises(InputError, match=r"no Dask scheduler answers at nonsense://1"):
+        run_sweep(small(store, tmp_path), scheduler="nonsense://1")
+
+
+def test_cells_name_configs_that_any_working_directory_finds(store, tmp_path, calls, monkeypatch):
+    """A Dask worker has one of its own."""
+    for name in ("mine.json", "overlay.json"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    sweep = small(store, tmp_path, strategies=[{"name": "mine", "mask": "mine.json"}], configs=["demo", "overlay.json"])
+    assert run_sweep(sweep) == []
+    assert calls.calls[0][1] == ("pretrain", str(tmp_path / "mine.json"), "demo", str(tmp_path / "overlay.json"))
+
+
+def test_an_interrupted_sweep_begins_no_other_cell(store, tmp_path, calls, monkeypatch):
+    def interrupted(*stage):
+        if not calls.calls:
+            time.sleep(0.3)  # the main thread waits by now
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.3)  # and notices
+        calls(*stage)
+
+    monkeypatch.setattr(module, "run_bundle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(small(store, tmp_path, baselines=[]))
+    assert len({call[2] for call in calls.calls}) == 1
+
+
+def test_progress_is_shown_for_the_cells_that_are_left(store, tmp_path, calls, capsys):
+    """So that cells finished long ago make the estimate of the time left no shorter."""
+    run_sweep(small(store, tmp_path))
+    shown = capsys.readouterr().err
+    assert "baselines: 100%" in shown
+    assert "| 6/6 [" in shown
+    (tmp_path / "results" / "cells" / "limbic__seed-0__fold-1" / "cell.json").unlink()
+    run_sweep(small(store, tmp_path))
+    shown = capsys.readouterr().err
+    assert "baselines" not in shown
+    assert "networks:   0%|          | 0/1 [00:00<?" in shown
+    assert "| 1/1 [" in shown
 
 
 def test_an_interrupted_cell_repeats_no_finished_stage(store, tmp_path, calls):

@@ -1,0 +1,60 @@
+"""Where work is done: in processes on this machine, or by the workers of a Dask scheduler."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
+from typing import Any
+
+from tqdm import tqdm
+
+from bundle.errors import InputError
+
+
+@contextmanager
+def each_on(workers: int, scheduler: str | None) -> Iterator[Callable[[Callable, Sequence, str], list]]:
+    """Give a function `each(function, tasks, what)` that maps over tasks here, in processes, or on Dask's workers.
+
+    Raises:
+        InputError: Dask is not installed or does not answer, or a worker was killed.
+    """
+
+    def each(function: Callable, tasks: Sequence, what: str) -> list:
+        results = executor.map(function, tasks) if executor else map(function, tasks)
+        return list(tqdm(results, total=len(tasks), desc=what, unit="run"))
+
+    with ExitStack() as stack:
+        executor: Any = None
+        deaths: tuple[type[Exception], ...] = (BrokenExecutor,)
+        if scheduler is not None:
+            executor, killed = stack.enter_context(dask_executor(scheduler))
+            deaths = (BrokenExecutor, killed)
+        elif workers > 1:
+            executor = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+        try:
+            yield each
+        except deaths as error:
+            raise InputError(
+                "a worker process ended abruptly, most likely out of memory; run again with fewer workers, "
+                "finished runs are kept"
+            ) from error
+
+
+@contextmanager
+def dask_executor(scheduler: str) -> Iterator[tuple[Executor, type[Exception]]]:
+    """Give an executor on a Dask scheduler's workers, and what it raises when they die.
+
+    Raises:
+        InputError: Dask is not installed, or no scheduler answers.
+    """
+    try:
+        from dask.distributed import Client, KilledWorker
+    except ImportError as error:
+        raise InputError("--scheduler needs Dask; install it with `pip install distributed`") from error
+    try:
+        client = Client(scheduler)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no Dask scheduler answers at {scheduler} ({error}); check the address") from error
+    with client:
+        # pure=False: a task of an earlier call, whose files have changed since, must not be taken for this one
+        yield client.get_executor(pure=False), KilledWorker

@@ -90,10 +90,18 @@ def _peak(device: str) -> int:
 
 @contextmanager
 def scan_with(chosen: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Within, networks run the given selective scan (u, delta, A, B, C, D, kept)."""
+    """Within, networks run the given selective scan (u, delta, A, B, C, D, kept).
+
+    With the published loop a block takes all its windows at once, as published; else as many as the cache holds.
+    """
     # blocks recompute all but the scan if it is `selective_scan`, else they keep all that autograd wants
     choose = mock.Mock(return_value=chosen)
-    with mock.patch.object(mamba, "scan_for", choose), mock.patch.object(swin_mamba, "scan_for", choose):
+    rows = mock.Mock(return_value=sys.maxsize) if chosen is published_loop else swin_mamba.rows_per_tile
+    with (
+        mock.patch.object(mamba, "scan_for", choose),
+        mock.patch.object(swin_mamba, "scan_for", choose),
+        mock.patch.object(swin_mamba, "rows_per_tile", rows),
+    ):
         yield
 
 

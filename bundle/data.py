@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from bundle.transforms import clips
 
 logger = logging.getLogger(__name__)
 
+Batch: TypeAlias = tuple[Tensor, dict, tuple, dict]  # network input, target, further arguments and keywords
+
 
 def split_clips(
     store: str | Path,
@@ -25,6 +28,7 @@ def split_clips(
     frames: int = 20,
     stride: int = 20,
     labelled: bool = False,
+    label_shuffle_seed: int | None = None,
 ) -> list[dict]:
     """List the clips of one set of the split file.
 
@@ -34,7 +38,9 @@ def split_clips(
         subset: ``train``, ``validation`` or ``test``.
         frames: frames per clip (0.8 s each).
         stride: frames from the start of one clip to the start of the next.
-        labelled: add ``label`` (1 case, 0 control), and refuse runs without one and a set of one class only.
+        labelled: add ``label`` (1 case, 0 control), and refuse runs without one. A training or validation set of
+            one class only is refused too; a test set may be so (a site left out).
+        label_shuffle_seed: a control: exchange the labels of the set's participants at random, except in the test set.
 
     Returns:
         Rows with ``run_id``, ``participant_id``, ``start`` (frame) and, if asked for, ``label``.
@@ -52,7 +58,9 @@ def split_clips(
     items = clips(chosen, frames=frames, stride=stride)
     if labelled:
         labels = _labels(chosen, subset, store)
-        items = [item | {"label": labels[item["run_id"]]} for item in items]
+        if label_shuffle_seed is not None and subset != "test":
+            labels = _shuffled(labels, subset, label_shuffle_seed)
+        items = [item | {"label": labels[item["participant_id"]]} for item in items]
     logger.info(
         "%s set: %d clips of %d frames from %d runs of %d participants",
         subset,
@@ -65,18 +73,27 @@ def split_clips(
 
 
 def _labels(runs: Sequence[dict], subset: str, store: str | Path) -> dict[str, float]:
+    """Label of each participant."""
     for run in runs:
         if run["diagnosis"] is None:
             raise InputError(
                 f"{store}: run {run['run_id']} has no diagnosis; add it to participants.tsv and prepare again"
             )
-    labels = {run["run_id"]: float(run["diagnosis"]) for run in runs}
+    labels = {run["participant_id"]: float(run["diagnosis"]) for run in runs}
     if len(set(labels.values())) == 1:
-        only = "cases" if labels.popitem()[1] else "controls"
-        raise InputError(
-            f"{store}: the {subset} set holds only {only}, so there is nothing to tell apart; make other splits"
-        )
+        only = "cases" if 1.0 in labels.values() else "controls"
+        if subset != "test":
+            raise InputError(
+                f"{store}: the {subset} set holds only {only}, so there is nothing to tell apart; make other splits"
+            )
+        logger.warning("The test set holds only %s: it has no AUROC and no balanced accuracy of its own", only)
     return labels
+
+
+def _shuffled(labels: dict[str, float], subset: str, seed: int) -> dict[str, float]:
+    logger.warning("The labels of the %s set are SHUFFLED: a control that must find nothing", subset)
+    values = np.random.default_rng(seed).permutation(list(labels.values()))
+    return dict(zip(labels, values.tolist(), strict=True))
 
 
 def keep_items(items: list[dict]) -> list[dict]:
@@ -98,10 +115,14 @@ class PrepareBatch:
 
     Args:
         transforms: applied to each item in order; they must leave ``image`` ``(1, X, Y, Z, T)``.
+        encode: a frozen map from images ``(1, 1, X, Y, Z, T)`` to features ``(1, c)``, which the network then
+            receives instead of images. Every clip is encoded once, and remembered by its run and start.
     """
 
-    def __init__(self, transforms: Sequence[Callable]) -> None:
+    def __init__(self, transforms: Sequence[Callable], encode: Callable[[Tensor], Tensor] | None = None) -> None:
         self.transform = Compose(transforms)
+        self.encode = encode
+        self._features: dict[tuple[str, int], Tensor] = {}
 
     def __call__(
         self,
@@ -109,8 +130,26 @@ class PrepareBatch:
         device: torch.device | str | None = None,
         non_blocking: bool = False,
         **_: object,
-    ) -> tuple[Tensor, dict, tuple, dict]:
+    ) -> Batch:
         """Return ``(image, target, network arguments, {})`` of a batch, as MONAI's engines expect."""
+        if self.encode is not None:
+            return self._encoded(items, device, non_blocking)
+        return self._images(items, device, non_blocking)
+
+    def _encoded(self, items: list[dict], device: torch.device | str | None, non_blocking: bool) -> Batch:
+        """Features and labels; one clip at a time, so that a clip's features do not depend on its batch."""
+        assert self.encode is not None
+        for item in items:
+            clip = item["run_id"], item["start"]
+            if clip not in self._features:
+                image, *_ = self._images([item], device, non_blocking)
+                with torch.no_grad():
+                    self._features[clip] = self.encode(image)[0]
+        features = torch.stack([self._features[item["run_id"], item["start"]] for item in items])
+        labels = torch.tensor([[item["label"]] for item in items], device=features.device)
+        return features, {"participant_id": [item["participant_id"] for item in items], "label": labels}, (), {}
+
+    def _images(self, items: list[dict], device: torch.device | str | None, non_blocking: bool) -> Batch:
         items = [
             self.transform(
                 {

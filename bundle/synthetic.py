@@ -19,6 +19,11 @@ the mean of the cases is larger by ``effect * 0.3``. So ``effect`` is Cohen's d 
 even a perfect reading of the coupling separates the groups with an AUROC of only ``Phi(effect / sqrt(2))``.
 With an effect of 0 the groups are exchangeable: no number of an image depends on the diagnosis.
 
+With ``effect_on="intensity"`` the groups do not differ in coupling. Instead the voxels of the two regions are
+brighter by ``intensity``, a fraction of their mean that is normal with SD 0.02 in both groups, has mean 0 in
+controls and ``effect * 0.02`` in cases. This is a static effect: a single frame shows it, while the coupling shows
+in how two regions vary together only.
+
 A run of S seconds has only about ``0.09 * S`` frequencies in the band (6 at 60 s), so that a *sample*
 correlation is noisy: this is why the coupling is planted in the sample and not only in the distribution. The
 mean signals of the two regions still show it with some error, from the labels' own processes: at 60 s they
@@ -44,7 +49,7 @@ from nilearn.image import resample_img
 from scipy.stats import norm
 from tqdm.auto import tqdm
 
-from bundle.atlas import labels_on, load_atlas
+from bundle.atlas import REGIONS, labels_on, load_atlas
 from bundle.errors import InputError
 from bundle.signals import (
     BAND_HZ,
@@ -57,6 +62,8 @@ from bundle.signals import (
 logger = logging.getLogger(__name__)
 
 MEAN_Z, SD_Z = 0.2, 0.3  # coupling_z of the controls
+SD_INTENSITY = 0.02  # of the two regions' mean, where the effect is on the intensity
+EFFECTS = ("coupling", "intensity")
 SIGNAL, NOISE, DRIFT = 0.01, 0.01, 0.003  # SD as a fraction of the voxel's mean
 BOX_ORIGIN_MM, BOX_MM = np.array([-90, -126, -72]), np.array([180, 216, 180])  # the MNI152 91x109x91 2 mm box
 SPACE = "MNI152NLin2009cAsym"
@@ -126,6 +133,7 @@ def make_cohort(
     seed: int = 0,
     sites: Sequence[Site] = SITES,
     duration_s: float = 60.0,
+    effect_on: str = "coupling",
 ) -> Path:
     """Write the cohort; the folder appears complete or not at all.
 
@@ -135,10 +143,12 @@ def make_cohort(
     Args:
         folder: where to write; absent, empty, or the same cohort written before, which is then left as it is.
         subjects: how many, at least 4; shared out evenly over sites, and over diagnoses within each site.
-        effect: Cohen's d of the planted difference in limbic–cerebellar coupling, 0 to 10.
+        effect: Cohen's d of the planted difference, 0 to 10.
         seed: at least 0; the same arguments and software versions give the same bytes.
         sites: the scanner sites, with different names.
         duration_s: length of each run in seconds; at least three frequencies must fall into 0.01–0.1 Hz.
+        effect_on: what the diagnosis changes: the "coupling" between limbic regions and cerebellum, or their
+            "intensity".
 
     Returns:
         The folder.
@@ -147,10 +157,10 @@ def make_cohort(
         InputError: an argument is outside its range, or the folder holds something else.
     """
     folder = Path(folder).absolute()
-    plan = plan_cohort(subjects, effect, seed, sites)
+    plan = plan_cohort(subjects, effect, seed, sites, effect_on)
     for site in sites:
         band_frequencies(frame_count(duration_s, site), site.tr)
-    truth = describe(plan, effect, seed, sites, duration_s)
+    truth = describe(plan, effect, seed, sites, duration_s, effect_on)
     if is_written(folder, truth):
         logger.info("%s already holds this cohort; nothing to do", folder)
         return folder
@@ -170,18 +180,21 @@ def make_cohort(
     return folder
 
 
-def plan_cohort(subjects: int, effect: float, seed: int, sites: Sequence[Site]) -> pd.DataFrame:
-    """Draw who is in the cohort, and each subject's coupling.
+def plan_cohort(
+    subjects: int, effect: float, seed: int, sites: Sequence[Site], effect_on: str = "coupling"
+) -> pd.DataFrame:
+    """Draw who is in the cohort, and each subject's coupling and intensity.
 
     Args:
         subjects: at least 4.
         effect: Cohen's d, 0 to 10.
         seed: at least 0.
         sites: at least one, with different names.
+        effect_on: "coupling" or "intensity".
 
     Returns:
         One row per subject: participant_id, site, diagnosis ("control" or "adhd"), age (years, 7–21), sex
-        ("F" or "M"), coupling_z. Diagnoses are balanced within each site, to within one subject.
+        ("F" or "M"), coupling_z, intensity (0 if the effect is on the coupling). Diagnoses are balanced within each site, to within one subject.
 
     Raises:
         InputError: an argument is outside its range.
@@ -192,6 +205,8 @@ def plan_cohort(subjects: int, effect: float, seed: int, sites: Sequence[Site]) 
         raise InputError(f"effect must be a Cohen's d of 0 to 10, not {effect!r}.")
     if not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed must be a whole number of at least 0, not {seed!r}.")
+    if effect_on not in EFFECTS:
+        raise InputError(f"effect_on must be one of {', '.join(EFFECTS)}, not {effect_on!r}.")
     names = [site.name for site in sites]
     if not names or len(set(names)) < len(names):
         raise InputError(f"sites must be one or more sites with different names, not {names}.")
@@ -204,44 +219,55 @@ def plan_cohort(subjects: int, effect: float, seed: int, sites: Sequence[Site]) 
         case[site_of == index] = rng.permutation((np.arange(size) + extra) % 2 == 1)
         extra = (extra + size) % 2
     width = max(2, len(str(subjects)))
-    return pd.DataFrame(
+    shift = np.where(case, effect, 0.0)
+    on_coupling = effect_on == "coupling"
+    plan = pd.DataFrame(
         {
             "participant_id": [f"sub-{number:0{width}d}" for number in range(1, subjects + 1)],
             "site": [names[index] for index in site_of],
             "diagnosis": np.where(case, "adhd", "control"),
             "age": rng.uniform(7, 21, subjects).round(1),
             "sex": rng.choice(["F", "M"], subjects),
-            "coupling_z": rng.normal(MEAN_Z, SD_Z, subjects) + np.where(case, effect * SD_Z, 0.0),
+            "coupling_z": rng.normal(MEAN_Z, SD_Z, subjects) + SD_Z * shift * on_coupling,
         }
     )
+    return plan.assign(intensity=0.0 if on_coupling else SD_INTENSITY * (rng.standard_normal(subjects) + shift))
 
 
-def describe(plan: pd.DataFrame, effect: float, seed: int, sites: Sequence[Site], duration_s: float) -> dict[str, Any]:
+def describe(
+    plan: pd.DataFrame, effect: float, seed: int, sites: Sequence[Site], duration_s: float, effect_on: str
+) -> dict[str, Any]:
     """Return what ``truth.json`` holds; ``parameters`` alone decide whether two cohorts are the same."""
     case = plan["diagnosis"] == "adhd"
-    cases, controls = plan["coupling_z"][case], plan["coupling_z"][~case]
+    planted = plan["coupling_z" if effect_on == "coupling" else "intensity"]
+    cases, controls = planted[case], planted[~case]
     pooled_sd = math.sqrt((cases.var() + controls.var()) / 2)
     return {
         "parameters": {
-            "format": 1,
+            "format": 2,
             "subjects": len(plan),
+            "effect_on": effect_on,
             "effect": float(effect),
             "seed": seed,
             "duration_s": float(duration_s),
             "sites": [asdict(site) for site in sites],
         },
-        "effect_definition": (
-            "Cohen's d, cases (adhd) minus controls, of coupling_z: the Fisher z of the correlation, over "
-            f"the run, between the latent signals of {COUPLED[0]} and {COUPLED[1]}"
-        ),
+        "effect_definition": "Cohen's d, cases (adhd) minus controls, of "
+        + {
+            "coupling": "coupling_z: the Fisher z of the correlation, over the run, between the latent signals of "
+            f"{COUPLED[0]} and {COUPLED[1]}",
+            "intensity": f"intensity: by which fraction the mean of voxels of {COUPLED[0]} and {COUPLED[1]} is raised",
+        }[effect_on],
         "regions": list(COUPLED),
-        "coupling_z_mean": {"control": MEAN_Z, "adhd": MEAN_Z + effect * SD_Z},
+        "coupling_z_mean": {"control": MEAN_Z, "adhd": MEAN_Z + SD_Z * effect * (effect_on == "coupling")},
         "coupling_z_sd": SD_Z,
+        "intensity_sd": 0.0 if effect_on == "coupling" else SD_INTENSITY,
         "best_auroc": float(norm.cdf(effect / math.sqrt(2))),
         "effect_in_this_sample": float((cases.mean() - controls.mean()) / pooled_sd),
         "band_hz": list(BAND_HZ),
         "fraction_of_mean": {"signal": SIGNAL, "noise": NOISE, "drift": DRIFT},
         "coupling_z": dict(zip(plan["participant_id"], plan["coupling_z"].tolist(), strict=True)),
+        "intensity": dict(zip(plan["participant_id"], plan["intensity"].tolist(), strict=True)),
         "versions": {name: version(name) for name in ("numpy", "nibabel", "nilearn")},
     }
 
@@ -279,7 +305,7 @@ def write_tables(folder: Path, plan: pd.DataFrame, truth: dict[str, Any]) -> Non
     }
     write_json(folder / "dataset_description.json", description)
     write_json(folder / "truth.json", truth)
-    plan.drop(columns="coupling_z").to_csv(folder / "participants.tsv", sep="\t", index=False)
+    plan.drop(columns=["coupling_z", "intensity"]).to_csv(folder / "participants.tsv", sep="\t", index=False)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -321,8 +347,13 @@ def frame_count(duration_s: float, site: Site) -> int:
     return round(duration_s / site.tr)
 
 
-def voxel_signals(anatomy: Anatomy, latents: pd.DataFrame, tr: float, rng: np.random.Generator) -> np.ndarray:
-    """Return the BOLD signal of the brain's voxels, (v, frames) float32, around the anatomy's mean."""
+def voxel_signals(
+    anatomy: Anatomy, latents: pd.DataFrame, intensity: float, tr: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Return the BOLD signal of the brain's voxels, (v, frames) float32, around the anatomy's mean.
+
+    The mean of the coupled regions' voxels is raised by the fraction ``intensity``.
+    """
     numbers = np.unique(anatomy.labels[anatomy.labels > 0])
     signals = label_signals(latents, numbers, tr, rng).astype(np.float32)  # (frames, n)
     table = np.zeros((numbers.max() + 1, len(latents)), dtype=np.float32)  # row 0: voxels without a label
@@ -333,7 +364,9 @@ def voxel_signals(anatomy: Anatomy, latents: pd.DataFrame, tr: float, rng: np.ra
     slope = rng.standard_normal() + anatomy.mm @ (rng.standard_normal(3) / 50)
     ramp = np.linspace(-1, 1, len(latents)) * math.sqrt(3)
     change += (DRIFT * slope[:, None] * ramp).astype(np.float32)
-    return anatomy.mean[:, None] * (1 + change)
+    coupled = np.isin(anatomy.labels, [number for name in COUPLED for number in REGIONS[name]])
+    mean = anatomy.mean * np.where(coupled, 1 + intensity, 1).astype(np.float32)
+    return mean[:, None] * (1 + change)
 
 
 def write_subject(
@@ -351,7 +384,7 @@ def write_subject(
     stem = f"{name}_task-rest"
     latents = group_latents(subject["coupling_z"], frame_count(duration_s, site), site.tr, rng)
     latents.to_csv(func / f"{stem}_desc-latent_timeseries.tsv", sep="\t", index=False, float_format="%.6f")
-    values = site.intensity * voxel_signals(anatomy, latents, site.tr, rng)
+    values = site.intensity * voxel_signals(anatomy, latents, subject["intensity"], site.tr, rng)
     slope = site.intensity / 8000  # int16 reaches 4 times the mean; a step is about 1/80 of the signal's SD
     if site.dtype == "int16":
         values = np.round(values / slope)

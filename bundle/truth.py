@@ -1,26 +1,25 @@
 """The truth test: is a planted effect found, and is nothing found where nothing is planted?"""
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
+from bundle.errors import InputError
 from bundle.prepare import prepare
 from bundle.sources import find_runs
 from bundle.statistics import pooled_scores, read_outcomes
 from bundle.store import write_text
 from bundle.sweep import Sweep, run_sweep
-from bundle.synthetic import make_cohort
-
-logger = logging.getLogger(__name__)
+from bundle.synthetic import EFFECTS, make_cohort
 
 
-def prepared_cohort(folder: Path, subjects: int, effect: float, seed: int) -> Path:
+def prepared_cohort(folder: Path, subjects: int, planted: str, effect: float, seed: int) -> Path:
     """Make a synthetic cohort in a folder, prepare it, and return its store."""
-    source = make_cohort(folder / "derivatives", subjects=subjects, effect=effect, seed=seed, duration_s=120.0)
+    effect_on, size = ("coupling", 0.0) if planted == "nothing" else (planted, effect)
+    source = make_cohort(folder / "derivatives", subjects, size, seed, duration_s=60.0, effect_on=effect_on)
     prepare(find_runs(source), folder / "store")
     return folder / "store"
 
@@ -28,11 +27,13 @@ def prepared_cohort(folder: Path, subjects: int, effect: float, seed: int) -> Pa
 def truth_test(
     folder: str | Path,
     sweep: Sweep,
-    effects: Sequence[float] = (0.0, 2.0),
+    planted: Sequence[str] = ("nothing", *EFFECTS),
+    effect: float = 2.0,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     subjects: int = 48,
     resamples: int = 2000,
-    cohort: Callable[[Path, int, float, int], Path] = prepared_cohort,
+    cohort: Callable[[Path, int, str, float, int], Path] = prepared_cohort,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Run a sweep on cohorts with and without an effect; what is finished is not run again.
 
@@ -41,29 +42,38 @@ def truth_test(
     Args:
         folder: where the cohorts and results go.
         sweep: what to run on each cohort; its store and results are replaced.
-        effects: planted effects, Cohen's d; 0 plants none.
+        planted: "nothing", or what the diagnosis changes; see `bundle.synthetic`.
+        effect: size of the planted effects, Cohen's d.
         seeds: of the cohorts.
         subjects: size of each cohort.
         resamples: bootstrap resamples.
-        cohort: makes a cohort's store, from folder, subjects, effect and seed.
+        cohort: makes a cohort's store, from folder, subjects, planted, effect and seed.
+        workers: cells at a time.
 
     Returns:
-        Rows of ``effect``, ``seed``, ``strategy``, ``value``, ``low``, ``high`` of the AUROC.
+        Rows of ``planted``, ``seed``, ``strategy``, ``value``, ``low``, ``high`` of the AUROC.
+
+    Raises:
+        InputError: ``planted`` names something else, or cells have failed: half a table is no test.
     """
     folder = Path(folder)
-    rows = []
-    for effect in effects:
-        for seed in seeds:
-            place = folder / f"effect-{effect:g}_seed-{seed}"
-            store = cohort(place, subjects, float(effect), seed)
-            failures = run_sweep(replace(sweep, store=str(store), results=str(place / "results")))
-            for failure in failures:
-                logger.error("%s: %s", place.name, failure)
+    unknown = set(planted) - {"nothing", *EFFECTS}
+    if unknown:
+        raise InputError(f"planted is nothing, {' or '.join(EFFECTS)}, not {sorted(unknown)[0]!r}")
+    rows, failures = [], []
+    for seed in seeds:
+        for what in planted:
+            place = folder / f"{what}_seed-{seed}"
+            store = cohort(place, subjects, what, float(effect), seed)
+            failed = run_sweep(replace(sweep, store=str(store), results=str(place / "results")), workers)
+            failures += [f"{place.name}: {failure}" for failure in failed]
             for strategy, own in read_outcomes(place / "results").items():
                 score = pooled_scores(own, resamples, seed)["auroc"]
-                rows.append({"effect": effect, "seed": seed, "strategy": strategy} | score)
+                rows.append({"planted": what, "seed": seed, "strategy": strategy} | score)
+    if failures:
+        raise InputError(f"{len(failures)} cells failed; run again to go on. " + "; ".join(failures))
     table = pd.DataFrame(rows)
-    write_text(folder / "truth.csv", table.to_csv(index=False))
+    write_text(folder / "truth.csv", table.to_csv(index=False, float_format="%.4f"))
     write_text(folder / "truth_summary.json", json.dumps(summarise(table).to_dict("records"), indent=1) + "\n")
     return table
 
@@ -71,7 +81,7 @@ def truth_test(
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Share of the cohorts whose interval lies above chance (power, or false alarms at effect 0) or covers it."""
     marked = table.assign(above=table["low"] > 0.5, covers=(table["low"] <= 0.5) & (table["high"] >= 0.5))
-    groups = marked.groupby(["strategy", "effect"], sort=False)
+    groups = marked.groupby(["strategy", "planted"], sort=False)
     return groups.agg(
         cohorts=("seed", "size"),
         mean_auroc=("value", "mean"),

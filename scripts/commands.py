@@ -33,17 +33,25 @@ def regions(atlas: str | None = None, table: str | None = None) -> None:
     _print_tsv([{"name": row.pop("region")} | row | {"labels": _ranges(row["labels"])} for row in rows])
 
 
-def synthesize(folder: str, subjects: int = 24, effect: float = 0.8, seed: int = 0, duration_s: float = 60.0) -> None:
+def synthesize(
+    folder: str,
+    subjects: int = 24,
+    effect: float = 0.8,
+    seed: int = 0,
+    duration_s: float = 60.0,
+    effect_on: str = "coupling",
+) -> None:
     """Write a synthetic multi-site cohort, laid out like fMRIPrep derivatives.
 
     Args:
         folder: where to write it.
         subjects: number of subjects.
-        effect: planted group difference, Cohen's d of limbic-cerebellar coupling; 0 plants none.
+        effect: planted group difference, Cohen's d; 0 plants none.
         seed: seed of everything random.
         duration_s: length of each run in seconds.
+        effect_on: what differs: the "coupling" of limbic regions and cerebellum, or their "intensity".
     """
-    make_cohort(folder, subjects=subjects, effect=effect, seed=seed, duration_s=duration_s)
+    make_cohort(folder, subjects=subjects, effect=effect, seed=seed, duration_s=duration_s, effect_on=effect_on)
 
 
 def prepare(

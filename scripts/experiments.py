@@ -47,19 +47,23 @@ def report(results: str, resamples: int = 2000) -> None:
 def truth(
     folder: str = "truth",
     config: str = "configs/sweeps/truth.json",
-    effects: tuple = (0.0, 2.0),
+    planted: tuple = ("nothing", "coupling", "intensity"),
+    effect: float = 2.0,
     seeds: tuple = (0, 1, 2, 3, 4),
     subjects: int = 48,
+    workers: int = 1,
 ) -> None:
     """Check on SYNTHETIC cohorts that a planted effect is found, and that nothing is found without one.
 
     Args:
         folder: where the cohorts and the results go; truth.csv and truth_summary.json are written there.
         config: JSON file of the sweep to run on each cohort.
-        effects: planted effects, Cohen's d of limbic-cerebellar coupling; 0 plants none.
+        planted: "nothing", or what the diagnosis changes in limbic regions and cerebellum: "coupling", "intensity".
+        effect: size of the planted effects, Cohen's d.
         seeds: seeds of the cohorts.
         subjects: size of each cohort.
+        workers: cells at a time on this machine.
     """
-    table = truth_test(folder, read_sweep(config), effects=effects, seeds=seeds, subjects=subjects)
+    table = truth_test(folder, read_sweep(config), planted, effect, seeds, subjects, workers=workers)
     print("SYNTHETIC data: AUROC over subjects, and how many cohorts' 95 % intervals are above, or cover, chance")
     print(summarise(table).to_string(index=False, float_format="%.3f"))

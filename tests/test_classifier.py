@@ -1,7 +1,9 @@
 """The classifier: what is trained, and what its logit is. Not covered: training (test of the engines)."""
 
+import numpy as np
 import pytest
 import torch
+from sklearn.preprocessing import StandardScaler
 
 from bundle.networks.classifier import Classifier
 
@@ -35,13 +37,39 @@ def test_fine_tuning_reaches_every_parameter():
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_the_logit_is_linear_in_the_mean_token(freeze):
-    network = Classifier(freeze=freeze, **SMALL)
-    features = network.encoder(clips()).flatten(2)  # (b, c, tokens)
-    expected = features.sum(2) / features.shape[2] @ network.head.weight.T + network.head.bias
+def test_the_logit_is_linear_in_the_standardised_mean_token(freeze):
+    network = Classifier(freeze=freeze, **SMALL).train()
+    tokens = network.encoder(clips()).flatten(2).detach().numpy()  # (b, c, tokens)
+    z = StandardScaler().fit_transform(tokens.mean(2))
+    expected = z @ network.head.weight.T.detach().numpy() + network.head.bias.detach().numpy()
     logits = network(clips())
     assert logits.shape == (3, 1)
-    torch.testing.assert_close(logits, expected)
+    np.testing.assert_allclose(logits.detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_features_stand_for_their_images():
+    network = Classifier(**SMALL).train()
+    network(clips())
+    network.eval()
+    torch.testing.assert_close(network(network.features(clips())), network(clips()))
+
+
+def test_the_statistics_of_a_frozen_encoder_weigh_all_batches_alike():
+    network = Classifier(**SMALL).train()
+    batches = [clips(4).roll(shift, 2) * (1 + shift) for shift in range(3)]
+    for batch in batches:
+        network(batch)
+    means = np.stack([network.features(batch).numpy().mean(0) for batch in batches])
+    np.testing.assert_allclose(network.norm.running_mean.numpy(), means.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_one_clip_alone_is_standardised_by_what_was_seen_before():
+    network = Classifier(**SMALL).train()
+    network(clips())
+    before = network.norm.running_mean.clone()
+    alone = network(clips()[:1])
+    assert torch.equal(network.norm.running_mean, before)
+    torch.testing.assert_close(alone, network.eval()(clips())[:1])
 
 
 def test_no_graph_is_built_without_gradients():

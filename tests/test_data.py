@@ -10,7 +10,7 @@ import torch
 from bundle.data import PrepareBatch, keep_items, reseed, split_clips
 from bundle.errors import InputError
 from bundle.mask_transforms import AAL3ROIMaskd, RandomTokenMaskd
-from bundle.splits import make_splits, save_splits
+from bundle.splits import _hash, make_splits, save_splits
 from bundle.store import read_clip, read_manifest, read_voxels, write_manifest, write_record
 from bundle.transforms import ReadClipd, ScatterClipd, TimeLastd
 
@@ -54,18 +54,40 @@ def test_a_participant_without_a_label_is_refused_only_where_labels_are_needed(s
         split_clips(changed, store / "splits.json", name, labelled=True)
 
 
-def test_a_set_of_one_class_is_refused(store: Path, tmp_path: Path):
-    splits = make_splits(read_manifest(store)["runs"], folds=3)
-    members = [p for sets in splits["sets"].values() for p in sets]
+@pytest.mark.parametrize("subset", ["train", "validation", "test"])
+def test_a_set_of_one_class_is_refused_unless_it_is_the_test_set(store: Path, tmp_path: Path, subset: str, caplog):
+    """A site left out may hold one class only; its participants still count."""
+    members = sorted({run["participant_id"] for run in read_manifest(store)["runs"]})
     cases = [p for p in members if int(p[4:]) % 2]
-    by_site = {"train": [p for p in members if p not in cases], "validation": cases[:3], "test": cases[3:]}
-    runs = [
-        {"participant_id": p, "site": name, "diagnosis": 0} for name, group in by_site.items() for p in sorted(group)
-    ]
-    splits = make_splits(runs, folds=3, test_site="test")  # cases only
-    save_splits(splits, tmp_path / "s.json")
-    with pytest.raises(InputError, match="holds only cases"):
-        split_clips(store, tmp_path / "s.json", "test", labelled=True)
+    splits = make_splits(read_manifest(store)["runs"], folds=3)
+    rest = [p for p in members if p not in cases[:3]]
+    others = [name for name in ("train", "validation", "test") if name != subset]
+    sets = {subset: cases[:3], others[0]: rest[:4], others[1]: rest[4:]}
+    save_splits(splits | {"sets": sets, "sha256": _hash(sets)}, tmp_path / "s.json")
+    if subset != "test":
+        with pytest.raises(InputError, match=f"{subset} set holds only cases"):
+            split_clips(store, tmp_path / "s.json", subset, labelled=True)
+        return
+    items = split_clips(store, tmp_path / "s.json", subset, labelled=True)
+    assert {(item["participant_id"], item["label"]) for item in items} == {(p, 1.0) for p in cases[:3]}
+    assert "holds only cases" in caplog.text
+
+
+def test_shuffled_labels_are_those_of_the_set_given_to_other_participants(store: Path, caplog):
+    def labels(subset: str, seed: int | None) -> dict:
+        items = split_clips(store, store / "splits.json", subset, frames=10, labelled=True, label_shuffle_seed=seed)
+        found = {(item["participant_id"], item["label"]) for item in items}
+        assert len(found) == len({participant for participant, _ in found})  # all clips of a participant agree
+        return dict(sorted(found))
+
+    true = labels("train", None)
+    shuffled = [labels("train", seed) for seed in range(8)]
+    assert all(sorted(own.values()) == sorted(true.values()) for own in shuffled)
+    assert all(list(own) == list(true) for own in shuffled)
+    assert len({tuple(own.values()) for own in shuffled}) > 1
+    assert labels("train", 3) == shuffled[3]
+    assert "SHUFFLED" in caplog.text
+    assert labels("test", 3) == labels("test", None)
 
 
 def test_a_split_file_of_other_participants_is_refused(store: Path, tmp_path: Path):
@@ -123,3 +145,26 @@ def test_reseeding_repeats_an_epoch_and_another_seed_does_not(store: Path):
     assert torch.equal(first[1], again[1])
     assert first[0] != other[0]
     assert not torch.equal(first[1], other[1])
+
+
+def test_a_frozen_encoder_sees_every_clip_once(store: Path):
+    items = split_clips(store, store / "splits.json", "train", frames=4, labelled=True)[:3]
+    read = ReadClipd(store, frames=4)
+    batch = keep_items([read(item) for item in items])
+    seen = []
+
+    def encode(image: torch.Tensor) -> torch.Tensor:
+        seen.append(image.shape)
+        return image.mean(dim=(2, 3, 4, 5)).expand(-1, 5)
+
+    prepare = PrepareBatch([ScatterClipd(), TimeLastd()], encode)
+    features, target, arguments, _ = prepare(batch)
+    again, swapped, *_ = prepare([batch[2], batch[0]])
+    assert seen == [(1, 1, 96, 96, 96, 4)] * 3
+    images, expected, *_ = PrepareBatch([ScatterClipd(), TimeLastd()])(batch)
+    torch.testing.assert_close(features, images.mean(dim=(2, 3, 4, 5)).expand(-1, 5))
+    assert torch.equal(again, features[[2, 0]])
+    assert torch.equal(target["label"], expected["label"])
+    assert target["participant_id"] == expected["participant_id"]
+    assert swapped["participant_id"] == [items[2]["participant_id"], items[0]["participant_id"]]
+    assert arguments == ()

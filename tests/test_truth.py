@@ -8,23 +8,23 @@ from bundle.sweep import Sweep
 from bundle.truth import summarise, truth_test
 
 
-def cohort(folder, subjects, effect, seed):
+def cohort(folder, subjects, planted, effect, seed):
     """28 labels, 3 limbic and 5 cerebellar: 25 of 25 simulated cohorts beat chance (with 14 labels 11 of 25 do)."""
-    return planted_store(folder, subjects, effect, seed, every=6)
+    return planted_store(folder, subjects, effect if planted == "coupling" else 0.0, seed, every=6)
 
 
 def test_planted_effect_is_found_over_all_subjects(tmp_path):
     sweep = Sweep("", "", {"folds": 3}, baselines=["connectivity_logistic"], bootstrap_resamples=20)
-    table = truth_test(tmp_path, sweep, effects=(0.0, 4.0), seeds=(200,), subjects=48, resamples=200, cohort=cohort)
-    assert table["effect"].tolist() == [0.0, 4.0]
+    table = truth_test(tmp_path, sweep, ("nothing", "coupling"), 4.0, (200,), 48, resamples=200, cohort=cohort)
+    assert table["planted"].tolist() == ["nothing", "coupling"]
     assert table.loc[1, "low"] > 0.5
     assert table.loc[1, "value"] > table.loc[0, "value"]
     assert (tmp_path / "truth.csv").is_file()
 
 
 def test_shares_count_cohorts():
-    rows = [(0, 0.4, 0.6), (0, 0.55, 0.7), (2, 0.6, 0.9), (2, 0.7, 0.9)]
-    table = pd.DataFrame(rows, columns=["effect", "low", "high"]).assign(strategy="a", value=0.5, seed=range(4))
-    found = summarise(table).set_index("effect")
+    rows = [("nothing", 0.4, 0.6), ("nothing", 0.55, 0.7), ("coupling", 0.6, 0.9), ("coupling", 0.7, 0.9)]
+    table = pd.DataFrame(rows, columns=["planted", "low", "high"]).assign(strategy="a", value=0.5, seed=range(4))
+    found = summarise(table).set_index("planted")
     assert found["share_above_chance"].tolist() == pytest.approx([0.5, 1.0])
     assert found["share_covering_chance"].tolist() == pytest.approx([0.5, 0.0])

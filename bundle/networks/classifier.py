@@ -4,15 +4,20 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bundle.networks.swin_mamba import SwinMambaEncoder
 
 
 class Classifier(nn.Module):
-    """Score each clip: the mean of the encoder's tokens, then one linear unit.
+    """Score each clip: the mean of the encoder's tokens, standardised, then one linear unit.
 
     The result is one logit per clip for "case": its sigmoid is the probability. (A softmax over one logit is
     always 1.)
+
+    Standardising each feature over the training clips, by a batch norm without weights, is how linear probes of
+    masked autoencoders are trained (He et al. 2022, arXiv 2111.06377, appendix A.1). It matters: features of
+    different sites differ so much that without it the unit hardly learns anything else.
 
     Args:
         freeze: keep the encoder as it is: no gradients, always in evaluation mode. Else it is trained as well.
@@ -23,6 +28,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.freeze = freeze
         self.encoder = SwinMambaEncoder(**encoder)
+        # features of a frozen encoder do not drift, so all batches count alike in the mean and variance (momentum None)
+        momentum = None if freeze else 0.1
+        self.norm = nn.BatchNorm1d(self.encoder.channels, eps=1e-8, affine=False, momentum=momentum)
         self.head = nn.Linear(self.encoder.channels, 1)
         if freeze:
             self.encoder.requires_grad_(False).eval()
@@ -34,8 +42,17 @@ class Classifier(nn.Module):
             self.encoder.eval()
         return self
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Map images (B, 1, X, Y, Z, T) to logits (B, 1)."""
+    def features(self, image: Tensor) -> Tensor:
+        """Map images (B, 1, X, Y, Z, T) to the mean over their tokens (B, c)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
-            features = self.encoder(image)  # (B, c, x, y, z, T)
-        return self.head(features.mean(dim=(2, 3, 4, 5)))
+            return self.encoder(image).mean(dim=(2, 3, 4, 5))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map images (B, 1, X, Y, Z, T), or their `features` (B, c), to logits (B, 1)."""
+        features = image if image.ndim == 2 else self.features(image)
+        if len(features) == 1:  # one clip alone has no spread to learn
+            norm = self.norm
+            features = functional.batch_norm(features, norm.running_mean, norm.running_var, eps=norm.eps)
+        else:
+            features = self.norm(features)
+        return self.head(features)

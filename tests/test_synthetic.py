@@ -226,6 +226,31 @@ def test_planted_effect_is_cohens_d(effect):
     assert z - null["coupling_z"].to_numpy() == pytest.approx(np.where(case, 0.3 * effect, 0))
 
 
+def test_effect_on_the_intensity_scales_both_regions_and_nothing_else(tmp_path, atlas):
+    arguments = {"subjects": 4, "sites": COARSE[1:2], "duration_s": 40}
+    plain = make_cohort(tmp_path / "plain", effect=0.0, **arguments)
+    raised = make_cohort(tmp_path / "raised", effect=3.0, effect_on="intensity", **arguments)
+    intensity = json.loads((raised / "truth.json").read_text())["intensity"]
+    for subject, _, _ in subjects_of(raised):
+        before, after = nib.load(bold_of(plain, subject)), nib.load(bold_of(raised, subject))
+        labels = resample_to_img(atlas, after, interpolation="nearest", force_resample=True, copy_header=True)
+        coupled = np.isin(np.squeeze(labels.get_fdata()), LIMBIC + CEREBELLUM)
+        brain = np.asarray(nib.load(mask_of(raised, subject)).dataobj) > 0
+        ratio = after.get_fdata()[brain] / before.get_fdata()[brain]
+        np.testing.assert_allclose(ratio[coupled[brain]], 1 + intensity[subject], rtol=1e-5)
+        np.testing.assert_array_equal(ratio[~coupled[brain]], 1)
+
+
+def test_planted_intensity_is_cohens_d():
+    plan = plan_cohort(4000, 1.5, 5, SITES, "intensity")
+    case = (plan["diagnosis"] == "adhd").to_numpy()
+    assert cohens_d(plan["intensity"].to_numpy(), case) == pytest.approx(1.5, abs=0.15)  # 4 standard errors
+    assert cohens_d(plan["coupling_z"].to_numpy(), case) == pytest.approx(0, abs=0.13)
+    assert plan["intensity"][~case].std() == pytest.approx(0.02, abs=0.001)
+    with pytest.raises(InputError, match="effect_on must be one of"):
+        plan_cohort(8, 1.5, 5, SITES, "size")
+
+
 @given(subjects=st.integers(4, 60), sites=st.integers(1, 7), seed=st.integers(0, 2**64))
 @settings(deadline=None, max_examples=40)
 def test_plan_is_balanced(subjects, sites, seed):

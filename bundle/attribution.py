@@ -1,7 +1,9 @@
 """Which regions a classifier uses: Captum's ablation and integrated gradients, per AAL3 label and region.
 
-Both compare a clip with the same clip whose voxels stand still at their own mean: a region is taken out by removing
-its signal over time, while its anatomy stays. An attribution is in logits: positive moves the subject towards "case".
+Both compare a clip with a baseline, the same clip without what is asked about. "still": every voxel at its own mean, so
+that a region is taken out by removing its signal over time, while its anatomy stays. "flat": every voxel of the brain
+at the brain's mean, 0, so that the anatomy goes too: for effects that a single frame shows. An attribution is in
+logits: positive moves the subject towards "case".
 
 Two measures over subjects are reported: ``size``, the mean absolute attribution, which is above 0 for any network;
 and ``separation``, cases' mean minus controls' mean: the part of the difference between the groups' logits that comes
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bundle.atlas import load_atlas
+from bundle.errors import InputError
 from bundle.networks.classifier import Classifier
 from bundle.region_maps import draw, interval, unit_index, units
 from bundle.store import write_text
@@ -30,26 +33,28 @@ from bundle.store import write_text
 logger = logging.getLogger(__name__)
 
 LEVELS = ("group", "label")
+BASELINES = ("still", "flat")
 
 
 def ablation(
-    logit: Callable[[Tensor], Tensor], image: Tensor, index: NDArray[np.int64], count: int
+    logit: Callable[[Tensor], Tensor], image: Tensor, without: Tensor, index: NDArray[np.int64], count: int
 ) -> NDArray[np.float64]:
-    """Change of the logit when a unit's signal is removed (Captum's ``FeatureAblation``).
+    """Change of the logit when a unit is taken out (Captum's ``FeatureAblation``).
 
     Args:
         logit: maps images ``(B, 1, X, Y, Z, T)`` to ``(B,)``.
         image: one clip, ``(1, 1, X, Y, Z, T)``.
+        without: its baseline, of the same shape.
         index: unit of each voxel, ``(X, Y, Z)``, 1 to n; 0 for none, which is ablated as a unit of its own.
         count: the number of units, n.
 
     Returns:
-        ``(n,)``: logit of the clip minus the logit without the unit's signal; 0 for a unit without a voxel.
+        ``(n,)``: logit of the clip minus the logit with the unit's voxels as in the baseline; 0 for a unit without a voxel.
     """
     units_of = torch.from_numpy(index).to(image.device)
     with torch.no_grad():
         found = FeatureAblation(logit).attribute(
-            image, baselines=still(image), feature_mask=units_of[None, None, ..., None]
+            image, baselines=without, feature_mask=units_of[None, None, ..., None]
         )
     present, first = np.unique(index, return_index=True)  # a unit's attribution is repeated at all of its voxels
     values = np.zeros(count + 1)
@@ -60,6 +65,7 @@ def ablation(
 def gradients(
     logit: Callable[[Tensor], Tensor],
     image: Tensor,
+    without: Tensor,
     indices: Sequence[NDArray[np.int64]],
     counts: Sequence[int],
     steps: int,
@@ -69,22 +75,36 @@ def gradients(
     Args:
         logit: maps images ``(B, 1, X, Y, Z, T)`` to ``(B,)``.
         image: one clip, ``(1, 1, X, Y, Z, T)``.
+        without: its baseline, of the same shape.
         indices: arrays as in `ablation`.
         counts: the number of units of each.
-        steps: points on the path between the still clip and the clip.
+        steps: points on the path between the baseline and the clip.
 
     Returns:
         ``(n,)`` for each of ``indices``.
     """
-    found = IntegratedGradients(logit).attribute(image, baselines=still(image), n_steps=steps, internal_batch_size=1)
+    found = IntegratedGradients(logit).attribute(image, baselines=without, n_steps=steps, internal_batch_size=1)
     voxels = found[0, 0].sum(-1).double().flatten().cpu().numpy()
     pairs = zip(indices, counts, strict=True)
     return [np.bincount(index.flatten(), voxels, minlength=count + 1).astype(float)[1:] for index, count in pairs]
 
 
-def still(image: Tensor) -> Tensor:
-    """The clip ``(..., T)`` with every voxel at its own mean over time."""
-    return image.mean(-1, keepdim=True).expand_as(image)
+def baseline_of(image: Tensor, brain: Tensor, baseline: str) -> Tensor:
+    """The clip without the signal over time ("still"), or without its anatomy too ("flat").
+
+    Args:
+        image: one clip, ``(1, 1, X, Y, Z, T)``.
+        brain: bool ``(1, X, Y, Z)``; the background stays as it is.
+        baseline: one of `BASELINES`.
+
+    Raises:
+        InputError: there is no such baseline.
+    """
+    if baseline == "still":
+        return image.mean(-1, keepdim=True).expand_as(image)
+    if baseline == "flat":
+        return image.masked_fill(brain[None, ..., None], 0.0)
+    raise InputError(f"baseline must be one of {', '.join(BASELINES)}, not {baseline!r}")
 
 
 def summarise(subjects: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
@@ -128,6 +148,7 @@ def attribute(
     output_dir: str | Path,
     levels: Sequence[str] = LEVELS,
     steps: int = 16,
+    baseline: str = "still",
     atlas: str | Path | None = None,
     resamples: int = 2000,
     seed: int = 0,
@@ -143,6 +164,7 @@ def attribute(
         output_dir: folder of the files.
         levels: ablate each "group" (9 passes per clip) and each "label" (167 passes).
         steps: of the integrated gradients; each is a forward and a backward pass.
+        baseline: what a region is compared with, "still" or "flat"; see the module.
         atlas: label image; None: AAL3v1, 1 mm.
         resamples: bootstrap resamples.
         seed: of the bootstrap.
@@ -164,9 +186,12 @@ def attribute(
     for position in tqdm(range(len(clips)), desc="attribute to regions", unit="clip"):
         item = prepare(clips[position])
         image = torch.as_tensor(item["image"]).as_subclass(Tensor)[None]  # (1, 1, X, Y, Z, T)
-        summed = gradients(logit, image, list(index.values()), [len(names) for names in members.values()], steps)
+        without = baseline_of(image, torch.as_tensor(item["brain"]).as_subclass(Tensor), baseline)
+        counts = [len(names) for names in members.values()]
+        summed = gradients(logit, image, without, list(index.values()), counts, steps)
         found = {("integrated_gradients", level): values for level, values in zip(LEVELS, summed, strict=True)}
-        found |= {("ablation", level): ablation(logit, image, index[level], len(members[level])) for level in levels}
+        for level in levels:
+            found["ablation", level] = ablation(logit, image, without, index[level], len(members[level]))
         for (method, level), values in found.items():
             names = {"method": method, "level": level, "name": list(members[level]), "value": values}
             table = pd.DataFrame(names)
@@ -178,7 +203,7 @@ def attribute(
     write_text(output_dir / "attribution_subjects.csv", subjects.to_csv(index=False))
     write_text(output_dir / "attribution.csv", summary.to_csv(index=False))
     for (method, measure), part in summary.groupby(["method", "measure"]):
-        title = f"{str(method).replace('_', ' ')}, {measure}, logits"
+        title = f"{str(method).replace('_', ' ')} against a {baseline} clip, {measure}, logits"
         draw(part, loaded, output_dir / f"{method}_{measure}", title)
     logger.info("Attribution of %d clips written to %s", len(clips), output_dir)
     return summary

@@ -9,7 +9,8 @@ from torch import nn
 
 from bundle import grid
 from bundle.atlas import load_atlas
-from bundle.attribution import ablation, gradients, summarise
+from bundle.attribution import ablation, baseline_of, gradients, summarise
+from bundle.errors import InputError
 from bundle.reconstruction import label_sums
 from bundle.reconstruction import summarise as summarise_reconstruction
 from bundle.region_maps import draw, label_map, unit_index, units
@@ -18,6 +19,7 @@ ATLAS = load_atlas()
 GROUPS = units(ATLAS, "group")
 VOXELS = unit_index(ATLAS, GROUPS)
 FRAMES = 3
+BRAIN = torch.from_numpy(VOXELS > 0)[None]
 
 
 class Coupling(nn.Module):
@@ -51,10 +53,35 @@ def test_only_the_regions_that_the_network_uses_are_found():
     # without either region's signal the coupling is 0: each is worth all of it
     expected = np.zeros(len(names))
     expected[used] = value
-    assert ablation(network, image, VOXELS, len(GROUPS)) == pytest.approx(expected, abs=1e-5)
+    without = baseline_of(image, BRAIN, "still")
+    assert ablation(network, image, without, VOXELS, len(GROUPS)) == pytest.approx(expected, abs=1e-5)
     # both signals grow in proportion along the path, so the completeness of a product gives each one half
-    (found,) = gradients(network, image, [VOXELS], [len(GROUPS)], steps=16)
+    (found,) = gradients(network, image, without, [VOXELS], [len(GROUPS)], steps=16)
     assert found == pytest.approx(expected / 2, abs=1e-2 * abs(value) + 1e-5)
+
+
+class Brightness(nn.Module):
+    """Mean over the limbic voxels and frames, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = torch.from_numpy(list(GROUPS).index("limbic") + 1 == VOXELS)
+
+    def forward(self, image):
+        return 2 * image[:, 0][:, self.mask].mean((1, 2))
+
+
+def test_a_static_effect_is_seen_against_a_flat_clip_only():
+    image, network = clip(0), Brightness()
+    expected = np.where(np.array(list(GROUPS)) == "limbic", float(network(image)), 0)
+    flat, still = baseline_of(image, BRAIN, "flat"), baseline_of(image, BRAIN, "still")
+    assert ablation(network, image, flat, VOXELS, len(GROUPS)) == pytest.approx(expected, abs=1e-5)
+    (found,) = gradients(network, image, flat, [VOXELS], [len(GROUPS)], steps=4)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert ablation(network, image, still, VOXELS, len(GROUPS)) == pytest.approx(0, abs=1e-5)
+    assert torch.equal(flat[0, 0][VOXELS == 0], image[0, 0][VOXELS == 0])  # the background stays
+    with pytest.raises(InputError, match="still, flat"):
+        baseline_of(image, BRAIN, "zero")
 
 
 def subjects(effect: float, count: int = 40) -> pd.DataFrame:

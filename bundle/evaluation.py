@@ -2,16 +2,19 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from monai.engines import Evaluator
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import structural_rank
 from scipy.special import expit
-from scipy.stats import bootstrap
 from sklearn.metrics import roc_curve
 
+from bundle.errors import InputError
+from bundle.intervals import least_rate, limits
 from bundle.metrics import SubjectScores, subject_scores
 from bundle.store import write_text
 
@@ -22,7 +25,17 @@ def youden_threshold(labels: np.ndarray, logits: np.ndarray) -> float:
     """Logit above which a subject is called a case, with the largest sensitivity + specificity.
 
     The threshold lies midway between the two neighbouring scores, so that it is not tied to one subject's.
+
+    Args:
+        labels: 1 case, 0 control, (n,).
+        logits: (n,).
+
+    Raises:
+        InputError: one class is absent.
     """
+    if len(np.unique(labels)) < 2:
+        only = "cases" if labels.any() else "controls"
+        raise InputError(f"the validation set holds only {only}, so no threshold can be chosen; make other splits")
     false_positives, true_positives, thresholds = roc_curve(labels, logits, drop_intermediate=False)
     best = int(np.argmax(true_positives - false_positives))
     if not np.isfinite(thresholds[best]):  # "call nobody a case" is the best that can be done
@@ -34,10 +47,11 @@ def youden_threshold(labels: np.ndarray, logits: np.ndarray) -> float:
 def score_table(
     labels: np.ndarray, logits: np.ndarray, threshold: float, resamples: int, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Scores with 95 % percentile bootstrap intervals over subjects, resampled within cases and controls.
+    """Scores of one test set with 95 % intervals over subjects, see `with_limits`.
 
     Args:
-        labels: 1 case, 0 control, one per subject; both classes must be present.
+        labels: 1 case, 0 control, one per subject. Where one class is absent, as at a small site left out, only the
+            accuracy has a value and nothing has limits.
         logits: one averaged logit per subject.
         threshold: logit above which a subject is called a case; from the validation set.
         resamples: number of bootstrap resamples.
@@ -48,46 +62,66 @@ def score_table(
         frequent class would score.
     """
     cases, controls = logits[labels == 1], logits[labels == 0]
-    table: dict[str, dict[str, float]] = {}
-    for name in ("auroc", "balanced_accuracy", "accuracy"):
-
-        def statistic(cases: np.ndarray, controls: np.ndarray, name: str = name) -> float:
-            truth = np.repeat([1, 0], [len(cases), len(controls)])
-            return subject_scores(truth, np.concatenate([cases, controls]), threshold)[name]
-
-        table[name] = with_interval(cases, controls, statistic, resamples, seed)
+    above = (1 + np.sign(np.subtract.outer(cases, controls))) / 2  # (cases, controls); a tie is one half
+    correct = ((logits > threshold) == (labels == 1)).astype(float)
+    scores = subject_scores(labels, logits, threshold)
+    table = with_limits(scores, labels, correct, above, np.ones_like(above), resamples, seed)
     majority = max(len(cases), len(controls)) / len(labels)
     table["majority_accuracy"] = {"value": majority, "low": majority, "high": majority}
     return table
 
 
-def with_interval(
-    cases: np.ndarray, controls: np.ndarray, statistic: Callable[..., float], resamples: int, seed: int
-) -> dict[str, float]:
-    """A statistic with its 95 % percentile bootstrap interval, cases and controls resampled apart.
+def with_limits(
+    scores: Mapping[str, float],
+    labels: np.ndarray,
+    correct: np.ndarray,
+    above: np.ndarray,
+    weights: np.ndarray,
+    resamples: int,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Scores with their 95 % expanded percentile bootstrap intervals, cases and controls resampled apart.
+
+    The smaller of the two groups' sizes stands for the number of subjects (see `bundle.intervals`), which is on the
+    safe side. A score of 1 in every resample would have the limits 1 and 1. Its lower limit is the exact one of
+    Clopper and Pearson for as many independent trials as there are disjoint pairs of a case and a control: all of
+    these are right with a probability of at most score^pairs. A score of 0 is treated alike. Another score that no
+    resample changes, as of a constant answer, keeps limits equal to its value.
 
     Args:
-        cases: (n,) what the statistic takes first, one per case.
-        controls: (m,) what it takes second, one per control.
-        statistic: of ``(cases, controls)``.
+        scores: value of "auroc", "balanced_accuracy" and "accuracy".
+        labels: 1 case, 0 control, (n,).
+        correct: how often each subject is called right, 0 to 1, (n,).
+        above: how often a case scores above a control, 0 to 1, (cases, controls).
+        weights: of these pairs in the AUROC, the same shape; 0 for pairs that are not compared.
         resamples: number of bootstrap resamples.
         seed: seed of the resampling.
 
     Returns:
-        ``{"value", "low", "high"}``; the limits are NaN where a group has fewer than two members.
+        ``{"value", "low", "high"}`` of each; the limits are NaN where a class has fewer than two subjects.
     """
-    value = statistic(cases, controls)
-    if min(len(cases), len(controls)) < 2:
-        return {"value": value, "low": float("nan"), "high": float("nan")}
-    interval = bootstrap(
-        (cases, controls),
-        statistic,
-        n_resamples=resamples,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return {"value": value, "low": float(interval.low), "high": float(interval.high)}
+    n, m = above.shape
+    cases, controls = correct[labels == 1], correct[labels == 0]
+
+    def statistic(first: np.ndarray, second: np.ndarray, axis: int) -> np.ndarray:
+        """The scores (3, ...) of cases (..., n) and controls (..., m) drawn by position, from how often each was."""
+        a = np.apply_along_axis(np.bincount, axis, first, minlength=n)  # (..., n)
+        b = np.apply_along_axis(np.bincount, axis, second, minlength=m)  # (..., m)
+        with np.errstate(invalid="ignore"):  # where no pair is compared
+            auroc = (a @ (above * weights) * b).sum(-1) / (a @ weights * b).sum(-1)
+        return np.stack([auroc, (a @ cases / n + b @ controls / m) / 2, (a @ cases + b @ controls) / (n + m)])
+
+    ends = limits((np.arange(n), np.arange(m)), statistic, resamples, seed)
+    low, high = (np.broadcast_to(end, 3).tolist() for end in ends)
+    trials = (structural_rank(csr_array(weights)), min(n, m), min(n, m))
+    table = {}
+    for position, name in enumerate(("auroc", "balanced_accuracy", "accuracy")):
+        if low[position] == 1:
+            low[position] = least_rate(trials[position])
+        if high[position] == 0:
+            high[position] = 1 - least_rate(trials[position])
+        table[name] = {"value": scores[name], "low": low[position], "high": high[position]}
+    return table
 
 
 def evaluate(

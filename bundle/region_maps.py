@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from nilearn import plotting
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
 
 from bundle import grid
 from bundle.atlas import REGIONS, Atlas, labels_on
+from bundle.intervals import limits
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 from matplotlib import pyplot as plt
@@ -42,26 +42,18 @@ def unit_index(atlas: Atlas, members: Mapping[str, tuple[int, ...]]) -> NDArray[
 def interval(
     samples: tuple[NDArray, ...], statistic: Callable, paired: bool, resamples: int, seed: int
 ) -> dict[str, NDArray]:
-    """A statistic of subjects (first axis of each sample) with its 95 % percentile bootstrap interval.
+    """A statistic of subjects (first axis of each sample) with its 95 % interval, see `bundle.intervals`.
 
     Returns:
-        ``{"value", "low", "high"}``, each of the shape of one subject's row; NaN limits with fewer than two subjects.
+        ``{"value", "low", "high"}``, each of the shape of one subject's row; NaN limits with fewer than two subjects,
+        all NaN where a sample has none.
     """
-    value = statistic(*samples, axis=0)
-    if min(len(sample) for sample in samples) < 2:
-        return {"value": value, "low": np.full_like(value, np.nan), "high": np.full_like(value, np.nan)}
-    result = bootstrap(
-        samples,
-        statistic,
-        paired=paired,
-        axis=0,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=100,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return {"value": value, "low": result.low, "high": result.high}
+    if min(len(sample) for sample in samples) == 0:
+        value = np.full(samples[0].shape[1:], np.nan)
+    else:
+        value = statistic(*samples, axis=0)
+    low, high = limits(samples, statistic, resamples, seed, paired)
+    return {"value": value, "low": np.broadcast_to(low, value.shape), "high": np.broadcast_to(high, value.shape)}
 
 
 def label_map(values: Mapping[str, float], atlas: Atlas) -> nib.Nifti1Image:

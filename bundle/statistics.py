@@ -7,7 +7,7 @@ the usual AUROC. Scores are averaged over seeds before anything is resampled: th
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from scipy.stats import permutation_test, rankdata
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from tqdm.auto import tqdm
 
 from bundle.errors import InputError
-from bundle.evaluation import with_interval
+from bundle.evaluation import with_limits
 
 logger = logging.getLogger(__name__)
 
@@ -73,46 +74,29 @@ def outcomes(rows: pd.DataFrame) -> Outcomes:
 
 
 def pooled_scores(tested: Outcomes, resamples: int = 2000, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Each metric with its 95 % percentile bootstrap interval, resampling cases and controls; ``seed_sd`` over seeds.
+    """Each metric with its 95 % interval over subjects (see `bundle.evaluation.with_limits`); ``seed_sd`` over seeds.
 
     Returns:
         ``{metric: {"value", "low", "high", "seed_sd"}}``, NaN where there are too few subjects.
     """
     cases, controls = np.flatnonzero(tested.labels == 1), np.flatnonzero(tested.labels == 0)
+    above = _concordance(tested.margins[cases], tested.margins[controls])
     weights = _same_fold(tested, cases, controls)
-    scores: dict[str, dict[str, float]] = {}
-    for metric in METRICS:
-        if metric == "auroc":
-            agree = _concordance(tested.margins[cases], tested.margins[controls])
-            place = np.zeros(len(tested.labels), int)
-            place[cases], place[controls] = np.arange(len(cases)), np.arange(len(controls))
-
-            def statistic(a: NDArray, b: NDArray, agree: NDArray = agree, place: NDArray = place) -> float:
-                pairs = np.ix_(place[a], place[b])
-                return _weighted_mean(agree[pairs], weights[pairs])
-        elif metric == "accuracy":
-
-            def statistic(a: NDArray, b: NDArray) -> float:  # type: ignore[misc]
-                return float(np.mean(tested.correct[np.concatenate([a, b])]))
-        else:
-
-            def statistic(a: NDArray, b: NDArray) -> float:  # type: ignore[misc]
-                return float(tested.correct[a].mean() + tested.correct[b].mean()) / 2
-
-        scores[metric] = with_interval(cases, controls, statistic, resamples, seed)
-        single = [
-            metric_of(Outcomes(tested.participants, tested.labels, tested.folds, m[:, None]), metric)
-            for m in tested.margins.T
-        ]
-        scores[metric]["seed_sd"] = float(np.std(single, ddof=1)) if len(single) > 1 else float("nan")
+    values = {metric: metric_of(tested, metric) for metric in METRICS}
+    scores = with_limits(values, tested.labels, tested.correct, above, weights, resamples, seed)
+    for metric, score in scores.items():
+        single = [metric_of(replace(tested, margins=margins[:, None]), metric) for margins in tested.margins.T]
+        score["seed_sd"] = float(np.std(single, ddof=1)) if len(single) > 1 else float("nan")
     return scores
 
 
 def metric_of(tested: Outcomes, metric: str) -> float:
-    """One metric of `METRICS`, the mean over seeds."""
+    """One metric of `METRICS`, the mean over seeds; NaN where one class is absent, but for the accuracy."""
     cases, controls = np.flatnonzero(tested.labels == 1), np.flatnonzero(tested.labels == 0)
     if metric == "accuracy":
         return float(tested.correct.mean())
+    if min(len(cases), len(controls)) == 0:
+        return float("nan")
     if metric == "balanced_accuracy":
         return float(tested.correct[cases].mean() + tested.correct[controls].mean()) / 2
     agree = _concordance(tested.margins[cases], tested.margins[controls])
@@ -151,6 +135,9 @@ def auroc_p_value(first: Outcomes, second: Outcomes, resamples: int = 2000, seed
         second: another, with the same participants in the same folds.
         resamples: random swaps.
         seed: of the swaps.
+
+    Returns:
+        p, NaN where no fold holds both classes.
     """
     ranks = [_ranks(first), _ranks(second)]
     cases, controls = np.flatnonzero(first.labels == 1), np.flatnonzero(first.labels == 0)
@@ -160,19 +147,25 @@ def auroc_p_value(first: Outcomes, second: Outcomes, resamples: int = 2000, seed
         for i, a in enumerate(ranks)
     ]
 
-    def auroc(strategy: NDArray) -> float:
-        """AUROC if each subject's score comes from the strategy 0 or 1."""
-        of_case = [(strategy[cases] == k).astype(float) for k in (0, 1)]
-        of_control = [(strategy[controls] == k).astype(float) for k in (0, 1)]
-        return sum(of_case[i] @ agree[i][j] @ of_control[j] for i in (0, 1) for j in (0, 1)) / weights.sum()
+    if not weights.any():
+        return float("nan")
+
+    def auroc(strategy: NDArray) -> NDArray:
+        """AUROC if each subject's score comes from the strategy 0 or 1: (..., n) to (...)."""
+        of_case = [(strategy[..., cases] == k).astype(float) for k in (0, 1)]
+        of_control = [(strategy[..., controls] == k).astype(float) for k in (0, 1)]
+        return sum((of_case[i] @ agree[i][j] * of_control[j]).sum(-1) for i in (0, 1) for j in (0, 1)) / weights.sum()
+
+    def difference(x: NDArray, y: NDArray, axis: int) -> NDArray:
+        return np.round(auroc(x) - auroc(y), 12)  # the order of summation makes no difference into one
 
     labels = (np.zeros(len(first.labels)), np.ones(len(first.labels)))
     return float(
         permutation_test(
             labels,
-            lambda x, y: auroc(x) - auroc(y),
+            difference,
             permutation_type="samples",
-            vectorized=False,
+            vectorized=True,
             n_resamples=resamples,
             rng=np.random.default_rng(seed),
         ).pvalue
@@ -219,7 +212,7 @@ def compare(
         reference, and for all where it was not run).
     """
     rows = []
-    for name, own in tested.items():
+    for name, own in tqdm(tested.items(), desc="intervals and tests", unit="strategy"):
         row: dict[str, Any] = {"strategy": name, "subjects": len(own.labels), "cases": int(own.labels.sum())}
         row["seeds"] = own.margins.shape[1]
         for metric, score in pooled_scores(own, resamples, seed).items():
@@ -240,10 +233,8 @@ def compare(
 
 def _paired(own: Outcomes, other: Outcomes, resamples: int, seed: int) -> dict[str, float]:
     common = sorted(set(own.participants) & set(other.participants))
-    if not common:
-        return {}
     first, second = own.select(common), other.select(common)
-    if len(np.unique(first.labels)) < 2 or not np.array_equal(first.folds, second.folds):
+    if not common or not np.array_equal(first.folds, second.folds):
         return {}
     return {
         "auroc_difference": metric_of(first, "auroc") - metric_of(second, "auroc"),

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from bundle.evaluation import evaluate, score_table, youden_threshold
+from bundle.errors import InputError
+from bundle.evaluation import evaluate, score_table, write_test, youden_threshold
 
 
 @settings(max_examples=100, deadline=None)
@@ -21,7 +22,7 @@ def test_no_threshold_beats_youden(pairs):
         return
     logits = np.array([value / 4 for _, value in pairs])
     chosen = youden_threshold(labels, logits)
-    everywhere = [balanced_accuracy_score(labels, logits > cut) for cut in np.arange(-6, 6, 0.05)]
+    everywhere = [balanced_accuracy_score(labels, logits > cut) for cut in np.arange(-5.125, 5.25, 0.25)]  # all cuts
     assert balanced_accuracy_score(labels, logits > chosen) == pytest.approx(max(everywhere))
 
 
@@ -43,6 +44,20 @@ def test_a_single_case_has_a_score_and_no_interval():
     assert table["auroc"]["value"] == 0.5
     assert np.isnan(table["auroc"]["low"])
     assert np.isnan(table["auroc"]["high"])
+
+
+def test_a_validation_set_of_one_class_gives_no_threshold():
+    with pytest.raises(InputError, match="only controls"):
+        youden_threshold(np.zeros(4, int), np.arange(4.0))
+
+
+def test_a_site_of_one_class_has_an_accuracy_and_nothing_else(tmp_path):
+    """Nothing is refused and nothing lost: its subjects are written, and count where folds are pooled."""
+    validation, test = (pd.DataFrame(rows(*x)) for x in (([-1, 1], [0, 1]), ([-3, -2, 5], [0, 0, 0])))
+    table = write_test(validation, test, tmp_path, resamples=20)
+    assert table["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert np.isnan([table["auroc"]["value"], table["balanced_accuracy"]["value"], table["accuracy"]["low"]]).all()
+    assert len(pd.read_csv(tmp_path / "subjects.tsv", sep="\t")) == 3
 
 
 def test_interval_of_auroc_has_the_textbook_width():

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, rankdata
-from sklearn.metrics import roc_auc_score
+from scipy.stats import binomtest, bootstrap, norm, rankdata, t
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
 from bundle.errors import InputError
 from bundle.evaluation import score_table
@@ -64,6 +64,37 @@ def test_auroc_is_that_of_scikit_learn_in_each_fold_weighted_by_pairs(seed):
             total += pairs * np.mean([roc_auc_score(labels[inside], m) for m in margins[inside].T])
     if weight:
         assert metric_of(given_by(labels, margins, folds), "auroc") == pytest.approx(total / weight)
+
+
+def test_intervals_are_those_of_a_slow_bootstrap_with_scikit_learn():
+    """Three folds on different scales and two seeds; the same resamples, scored one at a time."""
+    rng, n, resamples = np.random.default_rng(8), 60, 200
+    labels, folds = np.arange(n) % 2, np.arange(n) // 2 % 3
+    margins = rng.normal(size=(n, 2)) + labels[:, None] + 100 * (folds[:, None] - 1)
+    tested = given_by(labels, margins, folds)
+
+    def slow(cases, controls):
+        """AUROC, balanced accuracy and accuracy of subjects, the mean over seeds."""
+        drawn = np.concatenate([cases, controls])
+        scores = np.zeros(3)
+        for margin in margins.T:
+            parts = [drawn[folds[drawn] == fold] for fold in range(3)]
+            pairs = [labels[part].sum() * (1 - labels[part]).sum() for part in parts]
+            within = [roc_auc_score(labels[part], margin[part]) for part in parts]
+            scores[0] += np.average(within, weights=pairs)
+            scores[1] += balanced_accuracy_score(labels[drawn], margin[drawn] > 0)
+            scores[2] += accuracy_score(labels[drawn], margin[drawn] > 0)
+        return scores / 2
+
+    groups = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
+    settings = {"n_resamples": resamples, "batch": 100, "method": "percentile", "rng": np.random.default_rng(0)}
+    draws = bootstrap(groups, slow, vectorized=False, **settings).bootstrap_distribution
+    share = norm.cdf(-np.sqrt(30 / 29) * t.ppf(0.975, 29))  # 30 cases, 30 controls
+    low = np.quantile(draws, share, axis=1, method="lower")
+    high = np.quantile(draws, 1 - share, axis=1, method="higher")
+    for position, (metric, score) in enumerate(pooled_scores(tested, resamples).items()):
+        found = score["low"], score["value"], score["high"]
+        assert found == pytest.approx((low[position], slow(*groups)[position], high[position])), metric
 
 
 def test_auroc_permutation_is_the_exact_one_by_brute_force():

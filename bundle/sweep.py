@@ -235,10 +235,13 @@ def run_sweep(sweep: Sweep, workers: int = 1, scheduler: str | None = None) -> l
 
 
 def _run_all(executor: Executor, cells: Sequence[Cell], what: str) -> list[str]:
-    """Run cells in any order, with a bar that estimates the time left; return what went wrong."""
+    """Run cells in any order, with a bar that estimates the time left; return what went wrong.
+
+    The estimate rests on the mean rate: cells that began together end together, which misleads a recent rate.
+    """
     failures = []
     futures = {executor.submit(run_cell, cell): cell for cell in cells}
-    with tqdm(total=len(cells), desc=what, unit="cell", disable=not cells) as bar:
+    with tqdm(total=len(cells), desc=what, unit="cell", smoothing=0, disable=not cells) as bar:
         for future in as_completed(futures):
             error = _error(future)
             if error is not None:

@@ -21,7 +21,8 @@ def each_on(workers: int, scheduler: str | None) -> Iterator[Callable[[Callable,
 
     def each(function: Callable, tasks: Sequence, what: str) -> list:
         results = executor.map(function, tasks) if executor else map(function, tasks)
-        return list(tqdm(results, total=len(tasks), desc=what, unit="run"))
+        # smoothing 0, the mean rate: runs that began together end together, which misleads a recent rate
+        return list(tqdm(results, total=len(tasks), desc=what, unit="run", smoothing=0))
 
     with ExitStack() as stack:
         executor: Any = None

@@ -5,6 +5,7 @@ elsewhere. Not covered: Dask workers on other machines, and network stages that 
 """
 
 import json
+import re
 import signal
 import threading
 import time
@@ -36,11 +37,13 @@ def calls(monkeypatch, store):
     """Stages that were run, as (run id, configs, cell); `broken` names cells whose pretraining fails."""
     calls: list = []
     calls_broken: set[str] = set()
+    calls_overrides: list[dict] = []
     diagnosis = {run["participant_id"]: run["diagnosis"] for run in read_manifest(store)["runs"]}
 
     def stage(run_id, configs, overrides, log=None):
         output = Path(overrides["output_dir"])
         calls.append((run_id, tuple(configs), output.parent.name))
+        calls_overrides.append(overrides)
         if output.parent.name in calls_broken and run_id == "pretrain":
             raise InputError("broken on purpose")
         output.mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,7 @@ def calls(monkeypatch, store):
             write_test(tables["validation"], tables["test"], output / "evaluation", 20)
 
     monkeypatch.setattr(module, "run_bundle", stage)
-    stage.calls, stage.broken = calls, calls_broken
+    stage.calls, stage.broken, stage.overrides = calls, calls_broken, calls_overrides
     return stage
 
 
@@ -78,6 +81,15 @@ def test_stages_run_in_order_once_and_share_the_store(store, tmp_path, calls):
     assert run_sweep(small(store, tmp_path)) == []
     assert len(calls.calls) == before
     assert not list((tmp_path / "results").rglob("last.pt"))
+
+
+def test_the_best_encoder_is_frozen_and_the_best_classifier_tested_on_one_split_file(store, tmp_path, calls):
+    run_sweep(small(store, tmp_path, baselines=[], splits={"folds": 3, "test": [1]}, strategies=["limbic"]))
+    (pretrain, train, test) = calls.overrides
+    assert {stage["splits_file"] for stage in calls.overrides} == {str(tmp_path / "results" / "splits" / "fold-1.json")}
+    assert train["encoder_checkpoint"] == pretrain["output_dir"] / "best.pt"
+    assert train == test  # evaluate.json tests best.pt of this folder
+    assert "checkpoint" not in test
 
 
 def test_a_failing_cell_is_named_stops_no_other_and_goes_on_where_it_was(store, tmp_path, calls):
@@ -167,6 +179,26 @@ def test_progress_is_shown_for_the_cells_that_are_left(store, tmp_path, calls, c
     assert "baselines" not in shown
     assert "networks:   0%|          | 0/1 [00:00<?" in shown
     assert "| 1/1 [" in shown
+
+
+def test_time_left_is_right_when_cells_end_in_waves(store, tmp_path, calls, monkeypatch, capsys):
+    """As four at a time would: each wave takes an hour, and its cells end half a minute apart."""
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+
+    def stage(*job):
+        time.sleep(0.02)  # the bar has seen the cell before
+        calls(*job)
+        done = len(calls.calls) // 2  # cells, of two stages each
+        clock[0] = 3600.0 * ((done + 3) // 4) + 30 * ((done + 3) % 4) if done else 0.0
+
+    monkeypatch.setattr(module, "run_bundle", stage)
+    run_sweep(small(store, tmp_path, baselines=[], strategies=["random_weights"], seeds=list(range(6))))
+    shown = capsys.readouterr().err
+    for done, hours in ((4, 2), (8, 1)):
+        left = re.search(rf"{done}/12 \[[\d:]+<([\d:]+)", shown).group(1)
+        left = pd.Timedelta(left if left.count(":") == 2 else f"0:{left}")
+        assert left / pd.Timedelta(hours=hours) == pytest.approx(1, abs=0.1)
 
 
 def test_an_interrupted_cell_repeats_no_finished_stage(store, tmp_path, calls):

@@ -12,7 +12,7 @@ from monai.transforms import Compose
 from torch import Tensor
 
 from bundle.errors import InputError
-from bundle.splits import check_participants, load_splits
+from bundle.splits import SETS, check_participants, load_splits
 from bundle.store import read_manifest
 from bundle.transforms import clips
 
@@ -40,7 +40,7 @@ def split_clips(
         stride: frames from the start of one clip to the start of the next.
         labelled: add ``label`` (1 case, 0 control), and refuse runs without one. A training or validation set of
             one class only is refused too; a test set may be so (a site left out).
-        label_shuffle_seed: a control: exchange the labels of the set's participants at random, except in the test set.
+        label_shuffle_seed: a control: give the labels of the set's participants to each other at random.
 
     Returns:
         Rows with ``run_id``, ``participant_id``, ``start`` (frame) and, if asked for, ``label``.
@@ -58,7 +58,7 @@ def split_clips(
     items = clips(chosen, frames=frames, stride=stride)
     if labelled:
         labels = _labels(chosen, subset, store)
-        if label_shuffle_seed is not None and subset != "test":
+        if label_shuffle_seed is not None:
             labels = _shuffled(labels, subset, label_shuffle_seed)
         items = [item | {"label": labels[item["participant_id"]]} for item in items]
     logger.info(
@@ -91,8 +91,9 @@ def _labels(runs: Sequence[dict], subset: str, store: str | Path) -> dict[str, f
 
 
 def _shuffled(labels: dict[str, float], subset: str, seed: int) -> dict[str, float]:
+    """Exchange labels within a set; the test set's too, or a true difference would show through by chance."""
     logger.warning("The labels of the %s set are SHUFFLED: a control that must find nothing", subset)
-    values = np.random.default_rng(seed).permutation(list(labels.values()))
+    values = np.random.default_rng([seed, SETS.index(subset)]).permutation(list(labels.values()))
     return dict(zip(labels, values.tolist(), strict=True))
 
 

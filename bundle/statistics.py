@@ -236,6 +236,8 @@ def _paired(own: Outcomes, other: Outcomes, resamples: int, seed: int) -> dict[s
     first, second = own.select(common), other.select(common)
     if not common or not np.array_equal(first.folds, second.folds):
         return {}
+    if not np.array_equal(first.labels, second.labels):  # labels were shuffled: a control, and no rival
+        return {}
     return {
         "auroc_difference": metric_of(first, "auroc") - metric_of(second, "auroc"),
         "auroc_p": auroc_p_value(first, second, resamples, seed),

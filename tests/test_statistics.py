@@ -143,6 +143,16 @@ def test_comparison_is_corrected_for_the_number_of_strategies():
         )
 
 
+def test_a_control_with_shuffled_labels_is_not_compared_with_true_ones():
+    control = noisy(60, 0, 1)
+    shuffled = given_by(1 - control.labels, control.margins, control.folds)
+    table = compare({"random_tube": noisy(60, 0, 0), "a": noisy(60, 1, 1), "control": shuffled}, resamples=99)
+    table = table.set_index("strategy")
+    assert np.isfinite(table.loc["control", "auroc"])
+    assert table.loc["control", ["auroc_difference", "auroc_p", "accuracy_p", "auroc_p_holm"]].isna().all()
+    assert table.loc["a", "auroc_p_holm"] == pytest.approx(table.loc["a", "auroc_p"])  # one comparison only
+
+
 def test_seeds_are_averaged_and_never_counted_as_subjects():
     """Three identical seeds: the same interval as one, not a narrower one."""
     one = noisy(60, 1, 4)

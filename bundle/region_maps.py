@@ -68,6 +68,8 @@ def label_map(values: Mapping[str, float], atlas: Atlas) -> nib.Nifti1Image:
 def draw(table: pd.DataFrame, atlas: Atlas, stem: Path, title: str) -> None:
     """Write ``<stem>.nii.gz`` and ``<stem>_brain.png`` of the labels, and ``<stem>_bars.png`` of the groups.
 
+    Nothing is written of labels or groups that have no value at all, as where subjects of one class have no separation.
+
     Args:
         table: rows with ``level`` ("group" or "label"), ``name``, ``value``, ``low``, ``high``.
         atlas: where the labels are.
@@ -76,13 +78,15 @@ def draw(table: pd.DataFrame, atlas: Atlas, stem: Path, title: str) -> None:
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     labels = table[table["level"] == "label"].set_index("name")["value"]
-    if len(labels):
+    if labels.notna().any():
         image = label_map(labels.to_dict(), atlas)
         nib.save(image, stem.with_name(f"{stem.name}.nii.gz"))
         display = plotting.plot_glass_brain(image, colorbar=True, plot_abs=False, title=title, display_mode="lyrz")
         display.savefig(str(stem.with_name(f"{stem.name}_brain.png")), dpi=90)
         display.close()
     groups = table[table["level"] == "group"].sort_values("value")
+    if not groups["value"].notna().any():
+        return
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     errors = np.clip([groups["value"] - groups["low"], groups["high"] - groups["value"]], 0, None)
     axes.barh(groups["name"], groups["value"], xerr=np.nan_to_num(errors), color="#4477aa", capsize=3)

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from tqdm.auto import tqdm
 
 from bundle import attribution, reconstruction
 from bundle.atlas import Atlas, load_atlas
@@ -72,6 +73,7 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
         "resamples": resamples,
         "table": table.to_dict("records"),
         "by_fold": by_fold(tested).to_dict("records"),
+        "one_class": one_class_folds(tested),
         "regions": _wide(regions),
         "curves": list(curves),
         "attributed": attributed,
@@ -127,10 +129,8 @@ def _own_reconstruction(cells: Cells) -> pd.DataFrame:
 def region_reconstruction(cells: Cells, atlas: Atlas, resamples: int, seed: int) -> pd.DataFrame:
     """MSE and temporal R² of each strategy, region by region, over the subjects of all its cells."""
     tables = _per_strategy(cells, Path("pretrain", "reconstruction", "reconstruction_subjects.csv"))
-    parts = [
-        reconstruction.summarise(table, atlas, resamples, seed).assign(strategy=strategy)
-        for strategy, table in tables.items()
-    ]
+    bar = tqdm(tables.items(), desc="reconstruction by region", unit="strategy", disable=not tables)
+    parts = [reconstruction.summarise(table, atlas, resamples, seed).assign(strategy=name) for name, table in bar]
     columns = ["strategy", "level", "name", "measure", "value", "low", "high"]
     return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
 
@@ -168,8 +168,23 @@ def by_fold(tested: Mapping[str, Outcomes]) -> pd.DataFrame:
         for fold in dict.fromkeys(own.folds):
             part = own.select([p for p, f in zip(own.participants, own.folds, strict=True) if f == fold])
             scores = {metric: metric_of(part, metric) for metric in METRICS}
-            rows.append({"strategy": strategy, "fold": fold, "subjects": len(part.labels)} | scores)
+            counts = {"subjects": len(part.labels), "cases": int(part.labels.sum())}
+            rows.append({"strategy": strategy, "fold": fold} | counts | scores)
     return pd.DataFrame(rows).sort_values(["fold", "strategy"])
+
+
+def one_class_folds(tested: Mapping[str, Outcomes]) -> list[str]:
+    """Folds (or sites) whose test subjects are all cases or all controls, with their number: "west (3 controls)"."""
+    people = pd.concat(
+        [pd.DataFrame({"name": own.participants, "fold": own.folds, "label": own.labels}) for own in tested.values()]
+    ).drop_duplicates("name")
+    counts = people.groupby("fold")["label"].agg(["size", "mean"])
+    classes = {0: "control", 1: "case"}
+    return [
+        f"{fold} ({row['size']:.0f} {classes[row['mean']]}{'s' if row['size'] > 1 else ''})"
+        for fold, row in counts.iterrows()
+        if row["mean"] in classes
+    ]
 
 
 def forest_plot(table: pd.DataFrame, label: str) -> Figure:
@@ -193,7 +208,11 @@ def forest_plot(table: pd.DataFrame, label: str) -> Figure:
 
 
 def curves_plot(cells: Cells, stage: str, label: str) -> Figure | None:
-    """Learning curves of a stage, a panel per quantity and a colour per strategy; None where there are none."""
+    """Learning curves of a stage: a panel per quantity, a colour per strategy, and a line per fold and seed.
+
+    Returns:
+        The picture, None where there are no curves.
+    """
     parts = []
     for folder, record in cells:
         if (folder / "curves.tsv").is_file():
@@ -212,7 +231,8 @@ def curves_plot(cells: Cells, stage: str, label: str) -> Figure | None:
     names = list(dict.fromkeys(curves["strategy"]))
     for axes, tag in zip(panels.flat, tags, strict=False):
         for (strategy, _), line in curves[curves["tag"] == tag].groupby(["strategy", "cell"], sort=False):
-            axes.plot(line["step"], line["value"], color=colours(names.index(strategy) % 20), alpha=0.8, marker=".")
+            colour = colours(names.index(strategy) % 20)
+            axes.plot(line["step"], line["value"], color=colour, alpha=0.8, linewidth=0.8, marker=".", markersize=3)
         axes.set(title=tag, xlabel="iterations" if tag == "train_loss" else "epochs")
     for axes in panels.flat[len(tags) :]:
         axes.axis("off")
@@ -231,7 +251,8 @@ def attribution_figures(
         ``strategy``, ``method`` and ``pictures`` (file names) of each, the regions' separation being drawn.
     """
     found = []
-    for strategy, table in _per_strategy(cells, Path("train", "attribution", "attribution_subjects.csv")).items():
+    tables = _per_strategy(cells, Path("train", "attribution", "attribution_subjects.csv"))
+    for strategy, table in tqdm(tables.items(), desc="attribution", unit="strategy", disable=not tables):
         keys = ["participant_id", "label", "method", "level", "name"]
         subjects = table.groupby(keys, sort=False)["value"].mean().reset_index()  # over seeds
         summary = attribution.summarise(subjects, resamples, seed)

@@ -58,7 +58,7 @@ def make_splits(
     if len(rest) < folds:
         raise InputError(f"{len(rest)} participants cannot be dealt into {folds} folds; give a smaller --folds")
     fold_of = _deal(rest, [f"{strata[p][0]}|{strata[p][1]}" for p in rest], folds, seed)
-    names = {fold: "validation"} if test_site else {fold: "test", (fold + 1) % folds: "validation"}
+    names = {fold: "validation"} if test_site is not None else {fold: "test", (fold + 1) % folds: "validation"}
     sets: dict[str, list[str]] = {name: [] for name in SETS}
     for participant in rest:
         sets[names.get(fold_of[participant], "train")].append(participant)

@@ -66,6 +66,15 @@ def test_leave_one_site_out_tests_the_whole_site_and_only_it():
     assert sets["test"] == sorted(r["participant_id"] for r in runs if r["site"] == "site1")
 
 
+@pytest.mark.parametrize("odd", [[0, 0, 0], [1]])
+@pytest.mark.parametrize("name", ["west", ""])
+def test_a_site_of_one_class_or_without_a_name_is_left_out_like_any_other(odd, name):
+    extra = [{"participant_id": f"x{i}", "site": name, "diagnosis": dx} for i, dx in enumerate(odd)]
+    sets = make_splits(cohort(8) + extra, folds=4, test_site=name)["sets"]
+    assert sets["test"] == [row["participant_id"] for row in extra]
+    assert len(sets["train"]) + len(sets["validation"]) == len(cohort(8))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [

@@ -194,7 +194,8 @@ def plan_cohort(
 
     Returns:
         One row per subject: participant_id, site, diagnosis ("control" or "adhd"), age (years, 7–21), sex
-        ("F" or "M"), coupling_z, intensity (0 if the effect is on the coupling). Diagnoses are balanced within each site, to within one subject.
+        ("F" or "M"), coupling_z, intensity (0 if the effect is on the coupling). Diagnoses are balanced within
+        each site, to within one subject.
 
     Raises:
         InputError: an argument is outside its range.

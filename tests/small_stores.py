@@ -1,8 +1,10 @@
 """Prepared stores made in seconds: the synthetic cohort's signals in a few voxels of each AAL3 label, without NIfTI."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from bundle import grid
 from bundle.atlas import labels_on, load_atlas
@@ -27,11 +29,25 @@ def planted_store(
     """A store whose participants differ, by diagnosis, in limbic-cerebellar coupling only; see bundle.synthetic."""
     voxels, labels = some_voxels(per_label, every)
     numbers = np.unique(labels)
-    for number, subject in enumerate(plan_cohort(subjects, effect, seed, SITES).to_dict("records")):
-        rng = np.random.default_rng([seed, number])
+
+    def signal(subject: dict, rng: np.random.Generator) -> np.ndarray:
         latents = group_latents(subject["coupling_z"], frames, TR, rng)
         signals = label_signals(latents, numbers, TR, rng)  # (T, labels)
-        values = signals[:, np.searchsorted(numbers, labels)] + rng.standard_normal((frames, len(voxels)))
+        return signals[:, np.searchsorted(numbers, labels)] + rng.standard_normal((frames, len(voxels)))
+
+    return write_store(folder, plan_cohort(subjects, effect, seed, SITES), signal, voxels, seed)
+
+
+def write_store(
+    folder: Path,
+    plan: pd.DataFrame,
+    signal: Callable[[dict, np.random.Generator], np.ndarray],
+    voxels: np.ndarray,
+    seed: int = 0,
+) -> Path:
+    """A store of the participants of `plan_cohort`, one run each; `signal` gives its frames (T, V), here z-scored."""
+    for number, subject in enumerate(plan.to_dict("records")):
+        values = signal(subject, np.random.default_rng([seed, number]))
         values = (values - values.mean()) / values.std()
         name = subject["participant_id"]
         record = {
@@ -41,9 +57,9 @@ def planted_store(
             "diagnosis": int(subject["diagnosis"] == "adhd"),
             "participant": {"age": subject["age"], "sex": subject["sex"]},
             "source": str(folder / "derivatives" / name / "func" / f"{name}_bold.nii.gz"),
-            "source_sha256": f"{seed}-{effect}-{number}".ljust(12, "0"),
+            "source_sha256": f"{seed}-{plan['coupling_z'].sum():.6f}-{number}".ljust(12, "0"),
             "tr_in": TR,
-            "frames": frames,
+            "frames": len(values),
             "voxels": len(voxels),
             "fill": float(values.min()),
             "parameters_hash": "p" * 12,

@@ -9,8 +9,7 @@ from torch import nn
 
 from bundle import grid
 from bundle.atlas import load_atlas
-from bundle.attribution import ablation, baseline_of, gradients, summarise
-from bundle.errors import InputError
+from bundle.attribution import ablation, average, gradients, still, summarise
 from bundle.reconstruction import label_sums
 from bundle.reconstruction import summarise as summarise_reconstruction
 from bundle.region_maps import draw, label_map, unit_index, units
@@ -19,7 +18,6 @@ ATLAS = load_atlas()
 GROUPS = units(ATLAS, "group")
 VOXELS = unit_index(ATLAS, GROUPS)
 FRAMES = 3
-BRAIN = torch.from_numpy(VOXELS > 0)[None]
 
 
 class Coupling(nn.Module):
@@ -53,7 +51,7 @@ def test_only_the_regions_that_the_network_uses_are_found():
     # without either region's signal the coupling is 0: each is worth all of it
     expected = np.zeros(len(names))
     expected[used] = value
-    without = baseline_of(image, BRAIN, "still")
+    without = still(image)
     assert ablation(network, image, without, VOXELS, len(GROUPS)) == pytest.approx(expected, abs=1e-5)
     # both signals grow in proportion along the path, so the completeness of a product gives each one half
     (found,) = gradients(network, image, without, [VOXELS], [len(GROUPS)], steps=16)
@@ -71,17 +69,21 @@ class Brightness(nn.Module):
         return 2 * image[:, 0][:, self.mask].mean((1, 2))
 
 
-def test_a_static_effect_is_seen_against_a_flat_clip_only():
-    image, network = clip(0), Brightness()
-    expected = np.where(np.array(list(GROUPS)) == "limbic", float(network(image)), 0)
-    flat, still = baseline_of(image, BRAIN, "flat"), baseline_of(image, BRAIN, "still")
-    assert ablation(network, image, flat, VOXELS, len(GROUPS)) == pytest.approx(expected, abs=1e-5)
-    (found,) = gradients(network, image, flat, [VOXELS], [len(GROUPS)], steps=4)
+def test_a_static_effect_is_seen_against_the_average_clip_only():
+    images, network = [clip(seed) for seed in range(3)], Brightness()
+    mean = average(images)
+    np.testing.assert_allclose(mean.numpy(), np.mean([i.numpy() for i in images], axis=(0, -1))[..., None], atol=1e-6)
+    image, common = images[0], mean.expand_as(images[0])
+    difference = float(network(image) - network(common))
+    expected = np.where(np.array(list(GROUPS)) == "limbic", difference, 0)
+    assert abs(difference) > 1e-3
+    assert ablation(network, image, common, VOXELS, len(GROUPS)) == pytest.approx(expected, abs=1e-5)
+    (found,) = gradients(network, image, common, [VOXELS], [len(GROUPS)], steps=4)
     assert found == pytest.approx(expected, abs=1e-5)
-    assert ablation(network, image, still, VOXELS, len(GROUPS)) == pytest.approx(0, abs=1e-5)
-    assert torch.equal(flat[0, 0][VOXELS == 0], image[0, 0][VOXELS == 0])  # the background stays
-    with pytest.raises(InputError, match="still, flat"):
-        baseline_of(image, BRAIN, "zero")
+    assert ablation(network, image, still(image), VOXELS, len(GROUPS)) == pytest.approx(0, abs=1e-5)
+
+
+SIZES = {("group", "limbic"): 2000, ("group", "frontal"): 500}
 
 
 def subjects(effect: float, count: int = 40) -> pd.DataFrame:
@@ -96,11 +98,15 @@ def subjects(effect: float, count: int = 40) -> pd.DataFrame:
 
 def test_separation_is_the_difference_of_group_means_and_nothing_for_a_network_that_knows_nothing():
     table = subjects(3.0)
-    found = summarise(table, 300, 0).set_index(["measure", "name"])
+    found = summarise(table, SIZES, 300, 0).set_index(["measure", "name"])
     limbic = table[table["name"] == "limbic"].groupby("label")["value"].mean()
     assert found.loc[("separation", "limbic"), "value"] == pytest.approx(limbic[1] - limbic[0])
     assert found.loc[("separation", "limbic"), "low"] > 1
-    nothing = summarise(subjects(0.0), 300, 0).set_index(["measure", "name"])
+    density = found.loc["separation_per_1000_voxels"]
+    for column in ("value", "low", "high"):
+        assert density.loc["limbic", column] == pytest.approx(found.loc[("separation", "limbic"), column] / 2)
+    assert density["voxels"].to_dict() == {"limbic": 2000, "frontal": 500}
+    nothing = summarise(subjects(0.0), SIZES, 300, 0).set_index(["measure", "name"])
     for name in ("limbic", "frontal"):
         assert nothing.loc[("separation", name), "low"] < 0 < nothing.loc[("separation", name), "high"]
 

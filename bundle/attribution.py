@@ -13,7 +13,7 @@ because it is large. (Brighter regions also make all others darker, since runs a
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,12 @@ def average(images: Iterable[Tensor]) -> Tensor:
     return (total / count).float()
 
 
-def summarise(subjects: pd.DataFrame, voxels: Mapping[tuple[str, str], int], resamples: int, seed: int) -> pd.DataFrame:
+def summarise(subjects: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Size and separation of each unit with bootstrap intervals over subjects.
 
     Args:
-        subjects: rows of ``participant_id``, ``label`` (1 case, 0 control), ``method``, ``level``, ``name``, ``value``.
-        voxels: of each unit, by level and name.
+        subjects: rows of ``participant_id``, ``label`` (1 case, 0 control), ``method``, ``level``, ``name``,
+            ``voxels`` (how many the unit has), ``value``.
         resamples: bootstrap resamples.
         seed: of the bootstrap.
 
@@ -126,7 +126,7 @@ def summarise(subjects: pd.DataFrame, voxels: Mapping[tuple[str, str], int], res
             "size": interval((np.abs(values),), _mean, paired=False, resamples=resamples, seed=seed),
             "separation": interval((cases, controls), _difference, paired=False, resamples=resamples, seed=seed),
         }
-        counts = np.array([voxels[str(level), str(name)] for name in wide.columns])
+        counts = part.drop_duplicates("name").set_index("name")["voxels"][wide.columns].to_numpy()
         per_voxels = {key: 1000 * values / np.maximum(counts, 1) for key, values in measures["separation"].items()}
         measures["separation_per_1000_voxels"] = per_voxels
         for measure, found in measures.items():
@@ -182,6 +182,7 @@ def attribute(
     loaded, prepare = load_atlas(atlas), Compose(transforms)
     members = {level: units(loaded, level) for level in LEVELS}
     index = {level: unit_index(loaded, members[level]) for level in LEVELS}
+    voxels = {level: np.bincount(index[level].flatten(), minlength=len(members[level]) + 1)[1:] for level in LEVELS}
     network.eval().requires_grad_(False)
     if isinstance(network, Classifier):
         network.freeze = False  # else no gradient would reach the image through a frozen encoder
@@ -204,17 +205,12 @@ def attribute(
         for level in levels:
             found["ablation", level] = ablation(logit, image, without, index[level], len(members[level]))
         for (method, level), values in found.items():
-            names = {"method": method, "level": level, "name": list(members[level]), "value": values}
-            table = pd.DataFrame(names)
+            names = {"method": method, "level": level, "name": list(members[level]), "voxels": voxels[level]}
+            table = pd.DataFrame(names | {"value": values})
             tables.append(table.assign(participant_id=item["participant_id"], label=int(item["label"])))
-    keys = ["participant_id", "label", "method", "level", "name"]
+    keys = ["participant_id", "label", "method", "level", "name", "voxels"]
     subjects = pd.concat(tables).groupby(keys, sort=False)["value"].mean().reset_index()  # over a subject's clips
-    voxels = {
-        (level, name): int((index[level] == number).sum())
-        for level, names in members.items()
-        for number, name in enumerate(names, start=1)
-    }
-    summary = summarise(subjects, voxels, resamples, seed)
+    summary = summarise(subjects, resamples, seed)
     output_dir = Path(output_dir)
     write_text(output_dir / "attribution_subjects.csv", subjects.to_csv(index=False))
     write_text(output_dir / "attribution.csv", summary.to_csv(index=False))

@@ -248,16 +248,16 @@ def attribution_figures(
     """Pictures of each strategy's attribution over the subjects of all its cells.
 
     Returns:
-        ``strategy``, ``method`` and ``pictures`` (file names) of each, the regions' separation being drawn.
+        ``strategy``, ``method`` and ``pictures`` (file names) of each; the regions' separation per 1000 voxels is drawn.
     """
     found = []
     tables = _per_strategy(cells, Path("train", "attribution", "attribution_subjects.csv"))
     for strategy, table in tqdm(tables.items(), desc="attribution", unit="strategy", disable=not tables):
-        keys = ["participant_id", "label", "method", "level", "name"]
+        keys = ["participant_id", "label", "method", "level", "name", "voxels"]
         subjects = table.groupby(keys, sort=False)["value"].mean().reset_index()  # over seeds
         summary = attribution.summarise(subjects, resamples, seed)
-        for method, part in summary[summary["measure"] == "separation"].groupby("method"):
-            title = f"{str(method).replace('_', ' ')}, cases − controls, logits {label and '– ' + label}"
+        for method, part in summary[summary["measure"] == "separation_per_1000_voxels"].groupby("method"):
+            title = f"{str(method).replace('_', ' ')}, cases − controls, logits/1000 voxels {label and '– ' + label}"
             stem = pictures / f"attribution_{strategy}_{method}"
             draw(part, atlas, stem, title)
             names = [f"{stem.name}_bars.png", f"{stem.name}_brain.png"]

@@ -83,7 +83,7 @@ def test_a_static_effect_is_seen_against_the_average_clip_only():
     assert ablation(network, image, still(image), VOXELS, len(GROUPS)) == pytest.approx(0, abs=1e-5)
 
 
-SIZES = {("group", "limbic"): 2000, ("group", "frontal"): 500}
+SIZES = {"limbic": 2000, "frontal": 500}
 
 
 def subjects(effect: float, count: int = 40) -> pd.DataFrame:
@@ -92,13 +92,13 @@ def subjects(effect: float, count: int = 40) -> pd.DataFrame:
     for number in range(count):
         for name in ("limbic", "frontal"):
             value = rng.normal() + effect * (number % 2) * (name == "limbic")
-            rows.append([f"s{number}", number % 2, "ablation", "group", name, value])
-    return pd.DataFrame(rows, columns=["participant_id", "label", "method", "level", "name", "value"])
+            rows.append([f"s{number}", number % 2, "ablation", "group", name, SIZES[name], value])
+    return pd.DataFrame(rows, columns=["participant_id", "label", "method", "level", "name", "voxels", "value"])
 
 
 def test_separation_is_the_difference_of_group_means_and_nothing_for_a_network_that_knows_nothing():
     table = subjects(3.0)
-    found = summarise(table, SIZES, 300, 0).set_index(["measure", "name"])
+    found = summarise(table, 300, 0).set_index(["measure", "name"])
     limbic = table[table["name"] == "limbic"].groupby("label")["value"].mean()
     assert found.loc[("separation", "limbic"), "value"] == pytest.approx(limbic[1] - limbic[0])
     assert found.loc[("separation", "limbic"), "low"] > 1
@@ -106,7 +106,7 @@ def test_separation_is_the_difference_of_group_means_and_nothing_for_a_network_t
     for column in ("value", "low", "high"):
         assert density.loc["limbic", column] == pytest.approx(found.loc[("separation", "limbic"), column] / 2)
     assert density["voxels"].to_dict() == {"limbic": 2000, "frontal": 500}
-    nothing = summarise(subjects(0.0), SIZES, 300, 0).set_index(["measure", "name"])
+    nothing = summarise(subjects(0.0), 300, 0).set_index(["measure", "name"])
     for name in ("limbic", "frontal"):
         assert nothing.loc[("separation", name), "low"] < 0 < nothing.loc[("separation", name), "high"]
 

@@ -124,8 +124,8 @@ def test_where_every_site_has_one_class_accuracy_is_all_there_is(results):
 def test_subjects_of_one_class_have_no_separation_and_no_map_of_zeros_claims_one(tmp_path):
     atlas = load_atlas()
     names = [(level, name) for level in ("group", "label") for name in units(atlas, level)]
-    rows = [(f"s{i}", 0, "ablation", *name, 1.0 + i) for i in range(3) for name in names]
-    columns = ["participant_id", "label", "method", "level", "name", "value"]
+    rows = [(f"s{i}", 0, "ablation", *name, 100, 1.0 + i) for i in range(3) for name in names]
+    columns = ["participant_id", "label", "method", "level", "name", "voxels", "value"]
     table = summarise(pd.DataFrame(rows, columns=columns), 20, 0).set_index("measure")
     assert table.loc["separation", ["value", "low", "high"]].isna().all(axis=None)
     assert (table.loc["size", "value"] == 2).all()

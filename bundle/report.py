@@ -248,7 +248,7 @@ def attribution_figures(
     """Pictures of each strategy's attribution over the subjects of all its cells.
 
     Returns:
-        ``strategy``, ``method`` and ``pictures`` (file names) of each; the regions' separation per 1000 voxels is drawn.
+        ``strategy``, ``method`` and ``pictures`` (file names) of each: the regions' separation per 1000 voxels.
     """
     found = []
     tables = _per_strategy(cells, Path("train", "attribution", "attribution_subjects.csv"))

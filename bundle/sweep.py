@@ -11,6 +11,8 @@ A sweep is a small JSON file:
     seeds       of the networks
     configs     overlays for every stage, such as "demo"
     overrides   config id to value, for every stage
+    pretrain    the same, for pretraining only
+    train       the same, for classification and what follows it
     steps       beyond training and test: any of "reconstruct", "attribute"
 
 A cell whose ``cell.json`` says that it is finished, with the hash of everything that shapes it, is never run again. An
@@ -26,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -72,6 +74,8 @@ class Sweep:
     seeds: Sequence[int] = (0,)
     configs: Sequence[str] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    pretrain: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
     steps: Sequence[str] = ("reconstruct",)
     bootstrap_resamples: int = 2000
 
@@ -158,7 +162,11 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
     if len(known) < len(sweep.baselines):
         logger.warning("%s: head motion is not known, so there is no baseline head_motion", sweep.store)
     baselines = [(Strategy(name), 0, True) for name in known]
-    networks = [(_strategy(entry), seed, False) for seed in sweep.seeds for entry in sweep.strategies]
+    strategies = [
+        replace(own, pretrain={**sweep.pretrain, **own.pretrain}, train={**sweep.train, **own.train})
+        for own in map(_strategy, sweep.strategies)
+    ]
+    networks = [(strategy, seed, False) for seed in sweep.seeds for strategy in strategies]
     cells = []
     for (strategy, seed, baseline), (fold, splits) in _in_order(baselines + networks, folds):
         own = {"strategy": asdict(strategy), "seed": seed, "splits": splits["sha256"], "baseline": baseline}

@@ -92,6 +92,16 @@ def test_the_best_encoder_is_frozen_and_the_best_classifier_tested_on_one_split_
     assert "checkpoint" not in test
 
 
+def test_overrides_reach_their_stage_and_a_strategy_has_the_last_word(store, tmp_path, calls):
+    own = {"name": "own", "mask": "masks/limbic", "train": {"max_epochs": 4}}
+    changes = {"overrides": {"frames": 4, "max_epochs": 1}, "pretrain": {"max_epochs": 2}, "train": {"max_epochs": 3}}
+    run_sweep(
+        small(store, tmp_path, baselines=[], splits={"folds": 3, "test": [1]}, strategies=["limbic", own], **changes)
+    )
+    assert [stage["max_epochs"] for stage in calls.overrides] == [2, 3, 3, 2, 4, 4]
+    assert {stage["frames"] for stage in calls.overrides} == {4}
+
+
 def test_a_failing_cell_is_named_stops_no_other_and_goes_on_where_it_was(store, tmp_path, calls):
     calls.broken.add("limbic__seed-0__fold-0")
     failures = run_sweep(small(store, tmp_path))

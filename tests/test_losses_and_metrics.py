@@ -1,6 +1,8 @@
 """Losses and metrics against closed forms and scikit-learn."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +121,44 @@ def test_the_unit_of_evaluation_is_the_subject_not_the_clip(clips, seed):
     assert scores["accuracy"] == pytest.approx(np.mean(hits))
     pairs = [np.sign(a - b) for a in means[1::2] for b in means[::2]]  # AUROC by counting pairs
     assert scores["auroc"] == pytest.approx((np.mean(pairs) + 1) / 2)
+
+
+CLIPS = [(f"s{i % 7}", float(i % 7 > 3), float(np.sin(i))) for i in range(25)]  # of some subjects on both ranks
+
+
+def add_share(metrics: dict, rank: int) -> None:
+    """Give a rank its share: every third clip to rank 1, and one of two batches."""
+    share = [clip for i, clip in enumerate(CLIPS) if (i % 3 == 0) == bool(rank)]
+    target = {
+        "label": torch.tensor([[label] for _, label, _ in share]),
+        "participant_id": [name for name, _, _ in share],
+    }
+    metrics["subjects"].update((torch.tensor([[logit] for *_, logit in share], dtype=torch.float64), target))
+    prediction, image, mask = draw(rank)
+    for name in ("mse", "r2"):
+        metrics[name].update((prediction, {"image": image, "mask": mask}))
+
+
+def work_as_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    metrics = {"subjects": SubjectScores(), "mse": MaskedMSE(), "r2": TemporalR2()}
+    add_share(metrics, rank)
+    result = {name: metric.compute() for name, metric in metrics.items()} | {"rows": metrics["subjects"].subjects}
+    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+
+
+def test_pitfall_14_metrics_are_computed_once_over_all_ranks(tmp_path):
+    """Not per rank and then averaged: subjects have clips on both ranks, and the ranks' shares differ in size."""
+    torch.multiprocessing.spawn(work_as_rank, (str(tmp_path),), nprocs=2)
+    metrics = {"subjects": SubjectScores(), "mse": MaskedMSE(), "r2": TemporalR2()}
+    for rank in (0, 1):
+        add_share(metrics, rank)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["subjects"] == pytest.approx(metrics["subjects"].compute())
+        assert [row["clips"] for row in found["rows"]] == [4, 4, 4, 4, 3, 3, 3]
+        for name in ("mse", "r2"):
+            assert found[name] == pytest.approx(metrics[name].compute(), rel=1e-6)
 
 
 def test_one_class_gives_nan_not_a_crash():

@@ -1,6 +1,7 @@
 """Every ready-made masking strategy parses on top of pretrain.json and draws the mask that its name says."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ def parsed(name: str) -> ConfigParser:
     files = [ROOT / "configs" / "pretrain.json", ROOT / "configs" / "masks" / f"{name}.json"]
     parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
     parser["bundle_root"] = str(ROOT)
+    parser["dataset_dir"] = "unused"
     return parser
 
 
@@ -43,9 +45,28 @@ def drawn(name: str, item: dict, which: str = "mask") -> torch.Tensor:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_overlay_draws_a_mask_and_validation_draws_a_fixed_one(name, item):
-    assert drawn(name, item).dtype == torch.bool
-    assert torch.equal(drawn(name, item, "validate#mask"), drawn(name, item, "validate#mask"))
-    assert parsed(name)["provenance"]["regions"] == "@regions"  # a checkpoint knows what was masked
+    parser = parsed(name)
+    training, validation = (parser.get_parsed_content(which) for which in ("mask", "validate#mask"))
+    assert training(item)["mask"].dtype == torch.bool
+    first, _, again = (validation(item | {"start": start})["mask"] for start in (0, 20, 0))
+    assert torch.equal(first, again)
+    assert parser["provenance"]["regions"] == "@regions"  # a checkpoint knows what was masked
+
+
+@pytest.mark.parametrize("name", ["random_random", "random_tube", "window_random", "half_limbic", "equal_limbic"])
+def test_pitfall_12_training_draws_another_mask_each_time_and_begins_anew_in_each_epoch(name, item):
+    parser = parsed(name)
+    mask = parser.get_parsed_content("mask")
+    targets = [handler["_target_"] for handler in parser["train#handlers"]]
+    reseed = parser.get_parsed_content(f"train#handlers#{targets.index('bundle.engines.ReseedEachEpoch')}")
+
+    def epoch(number: int) -> list[bytes]:
+        reseed(SimpleNamespace(state=SimpleNamespace(epoch=number, dataloader=None)))
+        return [mask(item)["mask"].numpy().tobytes() for _ in range(4)]
+
+    first, second = epoch(1), epoch(2)
+    assert len(set(first + second)) > 4
+    assert epoch(1) == first
 
 
 def test_the_paper_s_strategies_are_all_there():

@@ -28,7 +28,11 @@ from torch import Tensor
 from bundle import grid
 from bundle.atlas import REGIONS, labels_on, load_atlas, region_labels
 from bundle.errors import InputError
+from bundle.losses import MaskedMSELoss
 from bundle.mask_transforms import AAL3ROIMaskd, EqualVolumeMaskd, RandomTokenMaskd, WindowMaskd
+from bundle.metrics import MaskedMSE, TemporalR2
+from bundle.networks.masked_autoencoder import MaskedAutoencoder
+from bundle.transforms import TimeLastd
 
 SMALL = nib.affines.from_matvec(np.diag([8.0, 8, 8]), (-91, -111, -75))  # the grid's box in 24^3 voxels
 
@@ -148,22 +152,50 @@ def test_pitfall_8_a_region_is_hidden_at_every_frame():
     assert tube.shape == (1, 24, 24, 24)
 
 
-def test_pitfall_9_every_mask_fits_the_image_and_its_device():
-    tube, framewise = (1, 24, 24, 24), (1, 24, 24, 24, 8)
+TUBE, FRAMEWISE = (1, 24, 24, 24), (1, 24, 24, 24, 8)
+KINDS = {
+    "region": (AAL3ROIMaskd("image", "limbic"), TUBE),
+    "part of a region": (AAL3ROIMaskd("image", "limbic", 0.5, split_labels=True), TUBE),
+    "equal volume": (EqualVolumeMaskd("image", "limbic"), TUBE),
+    "random/random": (RandomTokenMaskd("image", 0.1), FRAMEWISE),
+    "random/tube": (RandomTokenMaskd("image", 0.1, tube=True), TUBE),
+    "window/random": (WindowMaskd("image", 0.5), FRAMEWISE),
+    "window/tube": (WindowMaskd("image", 1.0, tube=True), TUBE),
+}
+
+
+@pytest.mark.parametrize(("transform", "shape"), KINDS.values(), ids=KINDS)
+def test_pitfall_9_every_mask_fits_the_image_and_its_device(transform, shape):
     item = small_item(frames=8, last=True)
-    for transform, shape in [
-        (AAL3ROIMaskd("image", "limbic"), tube),
-        (AAL3ROIMaskd("image", "limbic", 0.5, split_labels=True), tube),
-        (EqualVolumeMaskd("image", "limbic"), tube),
-        (RandomTokenMaskd("image", 0.1), framewise),
-        (RandomTokenMaskd("image", 0.1, tube=True), tube),
-        (WindowMaskd("image", 0.5), framewise),
-        (WindowMaskd("image", 1.0, tube=True), tube),
-    ]:
-        mask = transform(item)["mask"]
-        assert (tuple(mask.shape), mask.dtype) == (shape, torch.bool)
-        assert mask.device == item["image"].device
-        assert torch.equal(mask.affine, item["image"].affine)
+    mask = transform(item)["mask"]
+    assert (tuple(mask.shape), mask.dtype) == (shape, torch.bool)
+    assert mask.device == item["image"].device
+    assert torch.equal(mask.affine, item["image"].affine)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+@pytest.mark.parametrize(("transform", "shape"), KINDS.values(), ids=KINDS)
+def test_pitfall_9_every_mask_goes_through_network_loss_and_metrics(transform, shape, device):
+    """The loss is the sum of squared errors where the mask is true, over their number."""
+    network = MaskedAutoencoder(image_size=[24] * 3, frames=8, embed_dim=4, depths=[1, 1]).to(device)
+    item = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in small_item().items()}
+    images = [MetaTensor(torch.randn(8, 24, 24, 24, device=device), affine=item["image"].affine) for _ in range(2)]
+    items = [TimeLastd("image")(transform(item | {"image": image})) for image in images]
+    target = {key: torch.stack([item[key].as_tensor() for item in items]) for key in ("image", "mask")}
+    prediction = network(target["image"], target["mask"])
+    loss = MaskedMSELoss()(prediction, target)
+    loss.backward()
+    hidden = target["mask"].reshape(2, *shape, *[1] * (5 - len(shape)))  # (B, 1, X, Y, Z, T or 1)
+    squared = (prediction.detach() - target["image"]).square() * hidden
+    expected = float(squared.sum() / hidden.expand_as(squared).sum())
+    assert loss.device.type == device
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    for metric in (MaskedMSE(), TemporalR2()):
+        metric.update((prediction, target))
+        assert np.isfinite(metric.compute())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -12,22 +12,22 @@ from scripts.commands import prepare, release, splits, synthesize
 logger = logging.getLogger(__name__)
 
 
-def demo(folder: str = "demo", subjects: int = 24, effect: float = 0.8, seed: int = 0) -> None:
+def demo(folder: str = "demo", subjects: int = 24, effect: float = 2.0, seed: int = 0) -> None:
     """Make a synthetic cohort and run the main job on it; run again, it goes on where it was interrupted.
 
-    The cohort is made up, with a group difference planted in the coupling of limbic and cerebellar regions;
+    The cohort is made up, with a group difference planted in the brightness of limbic and cerebellar regions;
     the scores say that the software works, and nothing about ADHD.
 
     Args:
         folder: where everything goes.
         subjects: size of the cohort, cases and controls over three sites.
-        effect: planted group difference, Cohen's d of the coupling (0: none, and scores must be at chance).
+        effect: planted group difference, Cohen's d (0: none, and scores must be at chance).
         seed: seed of the cohort, the split and the training.
     """
     base = Path(folder).resolve()
     derivatives, store = base / "derivatives", base / "store"
     logger.info("Step 1 of 6: make a synthetic cohort of %d subjects in %s", subjects, derivatives)
-    synthesize(str(derivatives), subjects=subjects, effect=effect, seed=seed)
+    synthesize(str(derivatives), subjects=subjects, effect=effect, seed=seed, effect_on="intensity")
     logger.info("Step 2 of 6: bring every run onto the 2 mm grid and to 0.8 s, z-score it, and store it")
     prepare(str(derivatives), str(store))
     logger.info("Step 3 of 6: split the subjects by site and diagnosis")
@@ -37,7 +37,7 @@ def demo(folder: str = "demo", subjects: int = 24, effect: float = 0.8, seed: in
     run_bundle("pretrain", ["pretrain", "demo"], common | {"output_dir": str(base / "pretrain")})
     logger.info("Step 5 of 6: train the classifier on the frozen encoder")
     common |= {"output_dir": str(base / "train"), "encoder_checkpoint": str(base / "pretrain" / "best.pt")}
-    run_bundle("run", ["train", "demo"], common)
+    run_bundle("run", ["train", "demo"], common | {"max_epochs": 40})  # cheap: the encoder sees each clip once
     logger.info("Step 6 of 6: test the best classifier once, over subjects")
     run_bundle("run", ["train", "evaluate", "demo"], common)
     release(str(base / "train" / "best.pt"), str(base / "models"))

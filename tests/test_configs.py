@@ -81,6 +81,22 @@ def test_the_encoder_is_bit_identical_after_classifier_training(output: Path):
     assert {name.split(".")[0] for name in after if not name.startswith("encoder.")} == {"norm", "head"}
 
 
+def test_a_fine_tuned_encoder_has_learnt_and_is_attributed_like_a_frozen_one(
+    output: Path, store: Path, tmp_path: Path
+):
+    settings = {"output_dir": str(tmp_path), "freeze_encoder": False}
+    classify(store, output, **settings)
+    before = load_checkpoint(output / "pretrain" / "best.pt")["network"]
+    after = load_checkpoint(tmp_path / "last.pt")["network"]
+    encoder = [name for name in after if name.startswith("encoder.")]
+    assert sum(not torch.equal(after[name], before[name]) for name in encoder) > 0.9 * len(encoder)
+    classify(store, output, "attribute", **settings, levels=["group"], gradient_steps=1, bootstrap_resamples=50)
+    table = pd.read_csv(tmp_path / "attribution" / "attribution.csv")
+    assert np.isfinite(table["value"]).all()
+    sizes = table[(table["measure"] == "size") & (table["level"] == "group")]
+    assert (sizes["value"] > 0).all()
+
+
 def test_the_test_set_is_scored_once_per_subject(output: Path, store: Path):
     subjects = pd.read_csv(output / "train" / "evaluation" / "subjects.tsv", sep="\t")
     expected = json.loads((store / "splits.json").read_text())["sets"]["test"]

@@ -25,7 +25,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -139,11 +139,14 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
     """Write the split files, and list all cells, baselines first.
 
     Raises:
-        InputError: the store cannot be read or split as asked, or a config does not exist.
+        InputError: the store cannot be read or split as asked, a config does not exist, or two sites or strategies
+            would share files.
     """
     runs = read_manifest(sweep.store)["runs"]
     results = Path(sweep.results).absolute()
     folds = _folds(sweep.splits, runs)
+    _refuse_shared_files("sites", folds)
+    _refuse_shared_files("strategies", [_strategy(entry).name for entry in sweep.strategies])
     for fold, splits in folds.items():
         save_splits(splits, results / "splits" / f"fold-{_slug(fold)}.json")
     shared = {
@@ -219,6 +222,15 @@ def _folds(splits: Mapping[str, Any], runs: Sequence[dict]) -> dict[str, dict]:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9+-]", "_", name)
+
+
+def _refuse_shared_files(what: str, names: Iterable[str]) -> None:
+    """Raise `InputError` if two names differ only in characters that file names of cells do not keep."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(_slug(name), name)
+        if other != name:
+            raise InputError(f"{what} {other!r} and {name!r} would both be filed under {_slug(name)!r}; rename one")
 
 
 def run_sweep(sweep: Sweep, workers: int = 1, scheduler: str | None = None) -> list[str]:

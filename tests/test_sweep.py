@@ -269,7 +269,14 @@ def test_data_of_unknown_origin_is_not_called_real(store):
     assert describe_data(gone)["synthetic"] is None
 
 
-@pytest.mark.parametrize("name", ["paper", "leave_one_site_out", "demo"])
+def test_strategies_that_would_share_a_folder_are_refused(store, tmp_path):
+    names = [{"name": name, "mask": "masks/limbic"} for name in ("limbic 50%", "limbic_50_")]
+    with pytest.raises(InputError, match="'limbic 50%' and 'limbic_50_' would both be filed under 'limbic_50_'"):
+        plan_cells(small(store, tmp_path, strategies=names))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["paper", "leave_one_site_out", "demo", "paper_small"])
 def test_ready_made_sweeps_are_valid(name):
     assert read_sweep(ROOT / "configs" / "sweeps" / f"{name}.json").strategies
 

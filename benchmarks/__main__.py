@@ -1,4 +1,4 @@
-"""`python -m benchmarks [table|gpu|scaling|background|floor|report] [--quick]`; table is the default."""
+"""`python -m benchmarks [table|gpu|scaling|memory|background|floor|report] [--quick]`; table is the default."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ from benchmarks.background import background
 from benchmarks.floor import floor
 from benchmarks.gpu import gpu
 from benchmarks.report import report
-from benchmarks.scaling import scaling
+from benchmarks.scaling import memory, scaling
 from benchmarks.table import table
 from bundle.errors import InputError
 
@@ -24,6 +24,7 @@ def main() -> None:
         "table": table,
         "gpu": gpu,
         "scaling": scaling,
+        "memory": memory,
         "background": background,
         "floor": floor,
         "report": report,

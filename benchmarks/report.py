@@ -7,12 +7,13 @@ from pathlib import Path
 from benchmarks.background import background
 from benchmarks.floor import floor
 from benchmarks.gpu import gpu
-from benchmarks.scaling import scaling
+from benchmarks.scaling import memory, scaling
 from benchmarks.table import table
 from bundle.errors import InputError
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "table": table,
+    "memory": memory,
     "background": background,
     "scaling": scaling,
     "floor": floor,
@@ -21,12 +22,12 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def report(
-    sections: Sequence[str] = ("table", "background", "scaling", "floor"), page: str = "docs/performance.md"
+    sections: Sequence[str] = ("table", "memory", "background", "scaling", "floor"), page: str = "docs/performance.md"
 ) -> str:
-    """Measure anew and replace sections of the page. At full size this takes about an hour on two CPU cores.
+    """Measure anew and replace sections of the page. At full size this takes about half an hour on two CPU cores.
 
     Args:
-        sections: any of table, background, scaling, floor and, where there is a GPU, gpu.
+        sections: any of table, memory, background, scaling, floor and, where there is a GPU, gpu.
         page: Markdown with ``<!-- benchmarks NAME -->`` ... ``<!-- end -->`` around each section.
 
     Raises:

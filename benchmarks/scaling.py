@@ -20,9 +20,21 @@ BASE = {"batch": 1, "frames": 8, "edge": 96}
 HEADER = ["axis", "value", "voxels x frames x batch", "median step", "spread (IQR)", "peak memory"]
 
 
-def one(batch: int, frames: int, edge: int, embed_dim: int = 36, repeats: int = 3, device: str = "cpu") -> dict:
-    """Measure one training step; run in a process of its own, so that peak memory is this case's alone."""
-    network = MaskedAutoencoder(image_size=(edge, edge, edge), frames=frames, embed_dim=embed_dim)
+def one(
+    batch: int, frames: int, edge: int, embed_dim: int = 36, repeats: int = 3, device: str = "cpu", **options: bool
+) -> dict:
+    """Measure one training step; run in a process of its own, so that peak memory is this case's alone.
+
+    Args:
+        batch: clips.
+        frames: of a clip.
+        edge: voxels along x, y and z.
+        embed_dim: channels of the first stage.
+        repeats: timed steps.
+        device: "cpu" or "cuda".
+        **options: of `SwinMambaEncoder`, such as checkpointing.
+    """
+    network = MaskedAutoencoder(image_size=(edge, edge, edge), frames=frames, embed_dim=embed_dim, **options)
     found = measure(training_step(network, batch, device, amp=device == "cuda"), repeats, device=device)
     return {"seconds": found.median, "spread": found.spread, "peak": found.peak}
 
@@ -65,6 +77,22 @@ def scaling(
     ]
     draw(curves, Path(output))
     return machine(device) + "\n\n" + markdown(HEADER, rows) + "\n\n" + "; ".join(fits) + "."
+
+
+def memory(quick: bool = False) -> str:
+    """Measure the full-size training step at batch 1, as it is and with the options that save memory or work.
+
+    Args:
+        quick: 48 voxels along each edge, 4 frames, embedding 4, one run each.
+    """
+    case = {"batch": 1, "frames": 20, "edge": 96}
+    case |= {"frames": 4, "edge": 48, "embed_dim": 4, "repeats": 1} if quick else {}
+    rows = []
+    for name in ("", "checkpointing", "skip_background"):
+        found = _in_a_process(case | ({name: True} if name else {}))
+        seconds = (f"{found[key]:.3g} s" for key in ("seconds", "spread"))
+        rows.append([name or "as it is", *seconds, f"{found['peak'] / GIB:.2f} GiB"])
+    return machine() + "\n\n" + markdown(["training step", "median", "spread (IQR)", "peak memory"], rows)
 
 
 def _in_a_process(case: dict) -> dict:

@@ -96,8 +96,9 @@ def _rows(size: dict, loop: bool, repeats: int, quick: bool, compiled: bool) -> 
     image, _ = clip(encoder)
     inference = torch.no_grad()(encoder.forward)
     yield _compare("encoder, forward", lambda: inference(image), repeats, loop)
+    yield _compare("encoder, forward, kept for a backward pass", partial(encoder, image), repeats, loop)
     yield _compare("encoder, forward + backward", forward_backward(encoder, image), repeats, loop)
-    del encoder, block, tokens
+    del block, tokens
     step = training_step(MaskedAutoencoder(**size))
     yield _compare("MAE training step", step, repeats, loop)
     yield _share_row(step, repeats)

@@ -26,7 +26,7 @@ from benchmarks.measure import (
     seconds_text,
 )
 from benchmarks.report import SECTIONS, replace_section, report
-from benchmarks.scaling import draw, slope
+from benchmarks.scaling import draw, memory, slope
 from benchmarks.table import HEADER, table
 from bundle.errors import InputError
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
@@ -62,6 +62,12 @@ def test_without_a_gpu_the_command_says_so():
     done = subprocess.run([sys.executable, "-m", "benchmarks", "gpu"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 1
     assert "no CUDA device" in done.stderr
+
+
+def test_memory_is_that_of_a_process_of_its_own():
+    rows = cells(memory(quick=True))[2:]
+    assert [row[0] for row in rows] == ["as it is", "checkpointing", "skip_background"]
+    assert all(float(row[3].removesuffix(" GiB")) > 0.1 for row in rows)  # Python and torch alone hold more
 
 
 def test_skipping_the_background_is_compared_with_not_skipping():

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -21,7 +22,7 @@ HEADER = ["axis", "value", "voxels x frames x batch", "median step", "spread (IQ
 
 
 def one(
-    batch: int, frames: int, edge: int, embed_dim: int = 36, repeats: int = 3, device: str = "cpu", **options: bool
+    batch: int, frames: int, edge: int, embed_dim: int = 36, repeats: int = 3, device: str = "cpu", **options: Any
 ) -> dict:
     """Measure one training step; run in a process of its own, so that peak memory is this case's alone.
 

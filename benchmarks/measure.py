@@ -94,9 +94,15 @@ def scan_with(chosen: Callable[..., torch.Tensor]) -> Iterator[None]:
 
     With the published loop a block takes all its windows at once, as published; else as many as the cache holds.
     """
+
     # blocks recompute all but the scan if it is `selective_scan`, else they keep all that autograd wants
-    choose = mock.Mock(return_value=chosen)
-    rows = mock.Mock(return_value=sys.maxsize) if chosen is published_loop else swin_mamba.rows_per_tile
+    def choose(_: str) -> Callable[..., torch.Tensor]:
+        return chosen
+
+    def all_rows(*_: object) -> int:
+        return sys.maxsize
+
+    rows = all_rows if chosen is published_loop else swin_mamba.rows_per_tile
     with (
         mock.patch.object(mamba, "scan_for", choose),
         mock.patch.object(swin_mamba, "scan_for", choose),

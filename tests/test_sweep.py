@@ -276,7 +276,7 @@ def test_strategies_that_would_share_a_folder_are_refused(store, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("name", ["paper", "leave_one_site_out", "demo", "paper_small"])
+@pytest.mark.parametrize("name", ["paper", "leave_one_site_out", "demo", "paper_small", "attribution_small"])
 def test_ready_made_sweeps_are_valid(name):
     assert read_sweep(ROOT / "configs" / "sweeps" / f"{name}.json").strategies
 

@@ -40,7 +40,7 @@ def split_clips(
         stride: frames from the start of one clip to the start of the next.
         labelled: add ``label`` (1 case, 0 control), and refuse runs without one. A training or validation set of
             one class only is refused too; a test set may be so (a site left out).
-        label_shuffle_seed: a control: give the labels of the set's participants to each other at random.
+        label_shuffle_seed: a control: give the labels of the set's participants to each other at random, site by site.
 
     Returns:
         Rows with ``run_id``, ``participant_id``, ``start`` (frame) and, if asked for, ``label``.
@@ -59,7 +59,7 @@ def split_clips(
     if labelled:
         labels = _labels(chosen, subset, store)
         if label_shuffle_seed is not None:
-            labels = _shuffled(labels, subset, label_shuffle_seed)
+            labels = _shuffled(labels, chosen, subset, label_shuffle_seed)
         items = [item | {"label": labels[item["participant_id"]]} for item in items]
     logger.info(
         "%s set: %d clips of %d frames from %d runs of %d participants",
@@ -90,11 +90,21 @@ def _labels(runs: Sequence[dict], subset: str, store: str | Path) -> dict[str, f
     return labels
 
 
-def _shuffled(labels: dict[str, float], subset: str, seed: int) -> dict[str, float]:
-    """Exchange labels within a set; the test set's too, or a true difference would show through by chance."""
+def _shuffled(labels: dict[str, float], runs: Sequence[dict], subset: str, seed: int) -> dict[str, float]:
+    """Exchange labels within a set and a site.
+
+    In the test set too, or a true difference would show through by chance. Within a site (an exchangeability block,
+    Winkler et al. 2014, NeuroImage 92:381), or cases and controls would differ in their sites by chance.
+    """
     logger.warning("The labels of the %s set are SHUFFLED: a control that must find nothing", subset)
-    values = np.random.default_rng([seed, SETS.index(subset)]).permutation(list(labels.values()))
-    return dict(zip(labels, values.tolist(), strict=True))
+    rng = np.random.default_rng([seed, SETS.index(subset)])
+    sites = {run["participant_id"]: str(run["site"]) for run in runs}
+    shuffled = dict(labels)
+    for site in sorted(set(sites.values())):
+        members = [name for name in labels if sites[name] == site]
+        values = rng.permutation([labels[name] for name in members])
+        shuffled |= dict(zip(members, values.tolist(), strict=True))
+    return shuffled
 
 
 def keep_items(items: list[dict]) -> list[dict]:

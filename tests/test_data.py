@@ -82,9 +82,13 @@ def test_shuffled_labels_are_those_of_the_set_given_to_other_participants(store:
         return dict(sorted(found))
 
     true = labels(None)
+    sites = {run["participant_id"]: run["site"] for run in read_manifest(store)["runs"]}
     shuffled = [labels(seed) for seed in range(8)]
     assert all(sorted(own.values()) == sorted(true.values()) for own in shuffled)
     assert all(list(own) == list(true) for own in shuffled)
+    for site in set(sites.values()):
+        cases = [sum(own[name] for name in own if sites[name] == site) for own in (true, *shuffled)]
+        assert len(set(cases)) == 1
     assert len({tuple(own.values()) for own in shuffled}) > 1
     assert labels(3) == shuffled[3]
     assert "SHUFFLED" in caplog.text

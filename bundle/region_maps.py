@@ -91,6 +91,6 @@ def draw(table: pd.DataFrame, atlas: Atlas, stem: Path, title: str) -> None:
     errors = np.clip([groups["value"] - groups["low"], groups["high"] - groups["value"]], 0, None)
     axes.barh(groups["name"], groups["value"], xerr=np.nan_to_num(errors), color="#4477aa", capsize=3)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel(f"{title} (95 % interval over subjects)")
+    axes.set_xlabel(f"{title}\n(95 % interval over subjects)", fontsize="small")
     figure.savefig(stem.with_name(f"{stem.name}_bars.png"), dpi=90)
     plt.close(figure)

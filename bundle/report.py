@@ -233,7 +233,7 @@ def curves_plot(cells: Cells, stage: str, label: str) -> Figure | None:
         for (strategy, _), line in curves[curves["tag"] == tag].groupby(["strategy", "cell"], sort=False):
             colour = colours(names.index(strategy) % 20)
             axes.plot(line["step"], line["value"], color=colour, alpha=0.8, linewidth=0.8, marker=".", markersize=3)
-        axes.set(title=tag, xlabel="iterations" if tag == "train_loss" else "epochs")
+        axes.set(title=tag, xlabel="iterations" if tag == "iteration_loss" else "epochs")
     for axes in panels.flat[len(tags) :]:
         axes.axis("off")
     handles = [plt.Line2D([], [], color=colours(i % 20), label=name) for i, name in enumerate(names)]

@@ -67,8 +67,17 @@ def test_pretraining_leaves_checkpoints_and_scalars_and_pictures(output: Path):
     assert set(saved) == {"network", "optimizer", "trainer", "provenance", "best"}
     assert (output / "pretrain" / "best.pt").is_file()
     events = EventAccumulator(str(output / "pretrain" / "tensorboard")).Reload()
-    assert {"train_loss", "val_masked_mse", "val_temporal_r2"} <= set(events.Tags()["scalars"])
+    assert {"iteration_loss", "val_masked_mse", "val_temporal_r2"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["original | masked | reconstructed"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "train"])
+def test_a_scalar_has_one_value_per_step(output: Path, stage: str):
+    """Two handlers that wrote under one tag, by iteration and by epoch, would make its curve a zigzag."""
+    events = EventAccumulator(str(output / stage / "tensorboard")).Reload()
+    for tag in events.Tags()["scalars"]:
+        steps = [scalar.step for scalar in events.Scalars(tag)]
+        assert len(set(steps)) == len(steps), tag
 
 
 def test_the_encoder_is_bit_identical_after_classifier_training(output: Path):

@@ -90,9 +90,7 @@ def test_the_encoder_is_bit_identical_after_classifier_training(output: Path):
     assert {name.split(".")[0] for name in after if not name.startswith("encoder.")} == {"norm", "head"}
 
 
-def test_a_fine_tuned_encoder_has_learnt_and_is_attributed_like_a_frozen_one(
-    output: Path, store: Path, tmp_path: Path
-):
+def test_a_fine_tuned_encoder_has_learnt_and_is_attributed_like_a_frozen_one(output: Path, store: Path, tmp_path: Path):
     settings = {"output_dir": str(tmp_path), "freeze_encoder": False}
     classify(store, output, **settings)
     before = load_checkpoint(output / "pretrain" / "best.pt")["network"]

@@ -163,6 +163,15 @@ def test_cells_name_configs_that_any_working_directory_finds(store, tmp_path, ca
     assert calls.calls[0][1] == ("pretrain", str(tmp_path / "mine.json"), "demo", str(tmp_path / "overlay.json"))
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """A shell that starts a job in the background has it ignore SIGINT; here it is heeded."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupted_sweep_begins_no_other_cell(store, tmp_path, calls, monkeypatch):
     def interrupted(*stage):
         if not calls.calls:

@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from ignite.utils import manual_seed
 from small_runs import coarse_brain, coarse_signal, save_bold, save_mask
 
 from bundle.prepare import prepare
@@ -14,8 +16,16 @@ from bundle.store import read_manifest
 
 os.environ.setdefault("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
 torch.set_num_threads(1)  # tests run in parallel processes; see the README's test command
+hypothesis.settings.register_profile("same examples in every run", derandomize=True)
+hypothesis.settings.load_profile("same examples in every run")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """A test that fails fails in every run: weights drawn in a test do not depend on what ran before it."""
+    manual_seed(0)
 
 
 @pytest.fixture(scope="session")

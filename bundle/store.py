@@ -6,6 +6,7 @@ store/runs/<run_id>/voxels.npy  (V,) int32, flat C-order indices into `grid.SHAP
 store/runs/<run_id>/run.json    the run's record: participant, provenance, mean, SD, fill, coverage
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -272,8 +273,8 @@ def _move_into_place(folder: Path, target: Path) -> None:
     while True:
         try:
             folder.rename(target)
-        except OSError:
-            if not target.is_dir():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             old = folder.with_name(f"{folder.name}-old")
             with suppress(FileNotFoundError):  # another process has just moved it away

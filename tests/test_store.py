@@ -147,7 +147,7 @@ def test_a_store_that_cannot_be_made_is_said_plainly(tmp_path):
 
 
 def _write_often(folder, seed):
-    for _ in range(30):
+    for _ in range(500):  # a race: 30 rarely meet it
         store.write_run(folder, *make_run(seed=seed, frames=20 + seed))
 
 

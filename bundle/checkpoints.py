@@ -42,13 +42,19 @@ class Provenance:
         """
         self.require(json.loads(state["facts"]), list(self.facts), "the checkpoint")
 
-    def require(self, facts: Mapping[str, Any], names: list[str], source: str | Path) -> None:
-        """Refuse ``facts`` of ``source`` that differ from ours in one of ``names``."""
+    def require(
+        self,
+        facts: Mapping[str, Any],
+        names: list[str],
+        source: str | Path,
+        advice: str = "use the same settings, or give another --output_dir",
+    ) -> None:
+        """Refuse ``facts`` of ``source`` that differ from ours in one of ``names``; ``advice`` says what to do."""
         for name in names:
             if facts.get(name) != self.facts.get(name):
                 raise InputError(
                     f"{source}: was made with {name} {facts.get(name)!r}, but this run has "
-                    f"{self.facts.get(name)!r}; use the same settings, or give another --output_dir"
+                    f"{self.facts.get(name)!r}; {advice}"
                 )
 
 
@@ -200,13 +206,15 @@ def load_encoder(encoder: nn.Module, path: str, provenance: Provenance) -> None:
         path: checkpoint of a pretraining run, or the word ``random`` to keep the random weights on purpose (a
             control: what pretraining is worth is the difference to it).
         provenance: of this run; the checkpoint's preparation, split and network sizes must be the same, so that
-            no test subject was seen in pretraining.
+            no test subject was seen in pretraining. It is told which encoder this is (``encoder``: the file's hash, or
+            ``random``), so that a classifier of one encoder is never taken for that of another.
 
     Raises:
         InputError: no such file, not a checkpoint of this bundle, or one that differs.
     """
     if path == "random":
         logger.warning("The encoder keeps its RANDOM weights, as asked (encoder_checkpoint is 'random')")
+        provenance.facts["encoder"] = path
         return
     saved = load_checkpoint(path)
     facts = saved_facts(saved, path)
@@ -218,6 +226,7 @@ def load_encoder(encoder: nn.Module, path: str, provenance: Provenance) -> None:
     prefix = "encoder."
     state = {k.removeprefix(prefix): v for k, v in saved["network"].items() if k.startswith(prefix)}
     encoder.load_state_dict(state, strict=True)
+    provenance.facts["encoder"] = file_sha256(path)
     logger.info("Loaded the encoder (%d tensors) from %s", len(state), path)
 
 

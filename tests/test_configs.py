@@ -128,12 +128,25 @@ def test_an_interrupted_pretraining_resumes_to_the_same_weights(store: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [({"embed_dim": 8}, "network"), ({"regions": ["frontal"]}, "regions"), ({"seed": 1}, "seed")]
+    ("change", "words"),
+    [
+        ({"embed_dim": 8}, "network"),
+        ({"regions": ["frontal"]}, "regions"),
+        ({"mask_token": "random"}, "mask_token"),
+        ({"seed": 1}, "seed"),
+    ],
 )
 def test_resuming_under_other_settings_is_refused(output: Path, store: Path, change: dict, words: str):
     with pytest.raises(RuntimeError) as caught:
         run("pretrain", dataset_dir=str(store), output_dir=str(output / "pretrain"), **change)
     assert f"was made with {words}" in sentence(caught.value)
+
+
+def test_a_classifier_of_another_encoder_is_refused(output: Path, store: Path):
+    """Else it would be taken for finished, and its scores for those of the encoder that was asked for."""
+    with pytest.raises(RuntimeError) as caught:
+        classify(store, output, encoder_checkpoint="random")
+    assert "was made with encoder" in sentence(caught.value)
 
 
 def test_an_encoder_of_another_split_is_refused(output: Path, store: Path, tmp_path: Path):

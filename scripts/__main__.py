@@ -2,6 +2,8 @@
 
 import logging
 import sys
+from collections.abc import Callable
+from functools import partial, wraps
 
 import fire
 
@@ -32,8 +34,20 @@ def main() -> None:
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO
     )
+    wanted: list[Callable] = []
+
+    def later(command: Callable) -> Callable:
+        @wraps(command)
+        def remember(*values: object, **flags: object) -> None:
+            wanted.append(partial(command, *values, **flags))
+
+        return remember
+
     try:
-        fire.Fire(COMMANDS, name="scripts")
+        # Fire calls first and looks for unknown flags afterwards: hours of work would be done without a misspelt one
+        fire.Fire({name: later(command) for name, command in COMMANDS.items()}, name="scripts")
+        for call in wanted:
+            call()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

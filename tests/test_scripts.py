@@ -85,6 +85,13 @@ def test_bad_input_is_one_sentence_that_names_it(tmp_path: Path, arguments: list
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_misspelt_flag_is_refused_before_anything_is_done(derivatives: Path, tmp_path: Path):
+    done = scripts("prepare", str(derivatives), "store", "--min_coverag", "0.9", folder=tmp_path)
+    assert done.returncode == 2
+    assert "--min_coverag" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_splits_writes_the_file_and_prints_counts(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     commands.splits(str(store), file=str(tmp_path / "s.json"), folds=3)
     table = pd.read_csv(io.StringIO(capsys.readouterr().out), sep="\t")

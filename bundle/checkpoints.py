@@ -51,11 +51,13 @@ class Provenance:
     ) -> None:
         """Refuse ``facts`` of ``source`` that differ from ours in one of ``names``; ``advice`` says what to do."""
         for name in names:
-            if facts.get(name) != self.facts.get(name):
-                raise InputError(
-                    f"{source}: was made with {name} {facts.get(name)!r}, but this run has "
-                    f"{self.facts.get(name)!r}; {advice}"
-                )
+            theirs, ours = facts.get(name), self.facts.get(name)
+            if theirs == ours:
+                continue
+            if isinstance(theirs, dict) and isinstance(ours, dict):  # of a network's many sizes, those that differ
+                differing = [key for key in theirs | ours if theirs.get(key) != ours.get(key)]
+                theirs, ours = ({key: side.get(key) for key in differing} for side in (theirs, ours))
+            raise InputError(f"{source}: was made with {name} {theirs!r}, but this run has {ours!r}; {advice}")
 
 
 def training_provenance(
@@ -273,6 +275,7 @@ def load_released(network: nn.Module, path: str | Path, facts: Mapping[str, Any]
     recorded = json.loads(record.read_text())
     if recorded.get("sha256") != file_sha256(path):
         raise InputError(f"{record}: does not belong to {path.name} (its sha256 differs); release the model again")
-    Provenance(**facts).require(recorded, list(facts), record)
+    advice = "give the overlays and options that it was trained with (see the README on `preparation`)"
+    Provenance(**facts).require(recorded, list(facts), record, advice)
     network.load_state_dict(state, strict=True)
     logger.info("Loaded the model %s", path)

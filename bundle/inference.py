@@ -1,7 +1,9 @@
 """Inference on new NIfTI files: prepare them, score their clips, average per participant, report."""
 
+import json
 import logging
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import nn
 
 from bundle.checkpoints import load_released
 from bundle.errors import InputError
-from bundle.prepare import Preparation, prepare, refuse_failures
+from bundle.prepare import Preparation, prepare, refuse_failed_rows
+from bundle.run import ROOT
 from bundle.sources import find_runs
 from bundle.store import read_manifest, write_text
 from bundle.transforms import clips
@@ -20,28 +23,41 @@ from bundle.transforms import clips
 logger = logging.getLogger(__name__)
 
 
-def load_model(network: nn.Module, path: str | Path, size: Mapping[str, Any]) -> None:
-    """Load a released model that was trained on data prepared as `prepared_clips` prepares them.
+PACKAGES = ("torch", "monai", "numpy", "scipy", "nibabel", "nilearn")
+COLUMNS = {
+    "participant_id": "as in the table of runs, in the file's BIDS name, or the file's name",
+    "probability": "of being a case (1, ADHD; a control is 0), between 0 and 1: sigmoid of the logit, not calibrated",
+    "logit": "of the classifier (log odds of being a case), mean over the participant's clips",
+    "clips": "number of clips that were averaged",
+}
+
+
+def load_model(network: nn.Module, path: str | Path, size: Mapping[str, Any], preparation: Preparation) -> None:
+    """Load a released model that was trained on data prepared in this way.
 
     Raises:
         InputError: the model is absent, has other sizes, or expects another preparation.
     """
-    load_released(network, path, {"network": dict(size), "preparation": Preparation().parameters_hash})
+    load_released(network, path, {"network": dict(size), "preparation": preparation.parameters_hash})
 
 
-def prepared_clips(dataset_dir: str | Path, store: str | Path, frames: int, stride: int) -> list[dict]:
+def prepared_clips(
+    dataset_dir: str | Path, store: str | Path, frames: int, stride: int, preparation: Preparation
+) -> list[dict]:
     """Prepare the runs of a folder or table and list their clips; `Predictions.report` names those that failed.
 
     Args:
-        dataset_dir: BIDS derivatives, or a table of runs (see `bundle.sources.find_runs`); labels are not needed.
+        dataset_dir: one NIfTI file, a folder of them, BIDS derivatives, or a table of runs (see
+            `bundle.sources.find_runs`); labels are not needed.
         store: where the prepared runs go; those that are there already and current are used as they are.
         frames: frames per clip.
         stride: frames between the starts of two clips.
+        preparation: the one that the model was trained with.
 
     Raises:
         InputError: no run could be prepared.
     """
-    rows = prepare(find_runs(dataset_dir, labels="optional"), store)["rows"]
+    rows = prepare(find_runs(dataset_dir, labels="optional"), store, preparation)["rows"]
     failed = [row for row in rows if row["status"] == "failed"]
     if len(failed) == len(rows):
         raise InputError(f"{dataset_dir}: none of the {len(rows)} runs can be used; the first: {failed[0]['reason']}")
@@ -51,16 +67,21 @@ def prepared_clips(dataset_dir: str | Path, store: str | Path, frames: int, stri
 
 
 class Predictions:
-    """Evaluator's handler: average the logits of each participant's clips and write ``predictions.tsv``.
+    """Evaluator's handler: average the logits of each participant's clips, and write them.
+
+    ``predictions.tsv`` has a row per participant (see `COLUMNS`). ``predictions.json`` says beside it what the columns
+    are, which runs could not be used and why, and what the model and the software are, with the model's hash.
 
     Args:
-        output_dir: folder of the table.
+        output_dir: folder of both files.
         store: the store that `prepared_clips` filled; its summary names the runs that failed.
+        checkpoint: the released model, whose ``model.json`` lies beside it.
     """
 
-    def __init__(self, output_dir: str | Path, store: str | Path) -> None:
+    def __init__(self, output_dir: str | Path, store: str | Path, checkpoint: str | Path) -> None:
         self.output_dir = Path(output_dir)
         self.store = Path(store)
+        self.record = Path(checkpoint).with_suffix(".json")
         self.logits: list[dict] = []
 
     def attach(self, engine: Engine) -> None:
@@ -77,7 +98,7 @@ class Predictions:
         ]
 
     def report(self) -> None:
-        """Write the table, then say which runs could not be used.
+        """Write both files, then say which runs could not be used.
 
         Raises:
             InputError: at least one run could not be used (the others are in the table).
@@ -86,6 +107,16 @@ class Predictions:
         table = table.rename(columns={"mean": "logit", "size": "clips"}).reset_index()
         table.insert(1, "probability", expit(table["logit"]))
         path = self.output_dir / "predictions.tsv"
+        rows = pd.read_csv(self.store / "summary.tsv", sep="\t", keep_default_na=False).to_dict("records")
+        metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
+        about = {
+            "columns": COLUMNS,
+            "intended_use": metadata["intended_use"],
+            "failed_runs": {row["run_id"]: row["reason"] for row in rows if row["status"] == "failed"},
+            "model": json.loads(self.record.read_text()),
+            "versions": {metadata["name"]: metadata["version"]} | {name: version(name) for name in PACKAGES},
+        }
         write_text(path, table.to_csv(sep="\t", index=False))
+        write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
         logger.info("Wrote the scores of %d participants to %s", len(table), path)
-        refuse_failures(self.store)
+        refuse_failed_rows(rows)

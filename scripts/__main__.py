@@ -12,7 +12,7 @@ from scripts.commands import convert, export, overlay, preflight, prepare, regio
 from scripts.demo import demo
 from scripts.experiments import report, sweep, truth
 
-COMMANDS = {
+COMMANDS: dict[str, Callable] = {
     "demo": demo,
     "synthesize": synthesize,
     "preflight": preflight,

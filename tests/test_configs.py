@@ -3,6 +3,7 @@
 Not covered here: full-size networks and GPUs (see docs/performance.md).
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,7 +19,10 @@ from monai.bundle import ConfigWorkflow, load, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bundle.checkpoints import load_checkpoint, release
+from bundle.confounds import Cleaning
 from bundle.errors import InputError
+from bundle.prepare import Preparation
+from bundle.run import refuse_unknown_options
 from bundle.splits import make_splits, save_splits
 from bundle.store import read_manifest
 
@@ -188,9 +192,9 @@ def test_check_properties_is_empty(configs: list[str], kind: str, store: Path, o
     assert flow.network_def is not None
 
 
-def infer(output: Path, data: Path, target: Path) -> ConfigWorkflow:
-    model = str(output / "models" / "model.pt")
-    return run("inference", kind="infer", dataset_dir=str(data), output_dir=str(target), checkpoint=model)
+def infer(output: Path, data: Path, target: Path, **changes: object) -> ConfigWorkflow:
+    settings = {"dataset_dir": str(data), "output_dir": str(target), "checkpoint": str(output / "models" / "model.pt")}
+    return run("inference", kind="infer", **(settings | changes))
 
 
 def test_inference_gives_the_scores_of_the_test(output: Path, derivatives: Path, tmp_path: Path):
@@ -214,6 +218,13 @@ def test_inference_goes_on_past_a_bad_run_and_says_so(output: Path, derivatives:
     assert "1 of 2 runs failed" in sentence(caught.value)
     assert "flat.nii.gz" in sentence(caught.value)
     assert pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")["participant_id"].tolist() == ["sub-00"]
+    about = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert list(about["failed_runs"]) == ["sub-01_flat"]
+    assert "flat.nii.gz" in about["failed_runs"]["sub-01_flat"]
+    model = hashlib.sha256((output / "models" / "model.pt").read_bytes()).hexdigest()
+    assert about["model"]["sha256"] == model
+    table = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")
+    assert table.columns.tolist() == list(about["columns"])
 
 
 def test_a_model_of_another_size_or_without_its_record_is_refused(output: Path, derivatives: Path, tmp_path: Path):
@@ -226,7 +237,21 @@ def test_a_model_of_another_size_or_without_its_record_is_refused(output: Path, 
             checkpoint=str(output / "models" / "model.pt"),
             embed_dim=8,
         )
-    assert "was made with network" in sentence(caught.value)
+    assert "was made with network {'embed_dim': 4}, but this run has {'embed_dim': 8}" in sentence(caught.value)
+
+
+def test_a_model_of_cleaned_data_scores_data_cleaned_alike(output: Path, derivatives: Path, tmp_path: Path):
+    filtered = {"preparation#cleaning#high_pass": 0.01}
+    facts = json.loads((output / "models" / "model.json").read_text())
+    facts["preparation"] = Preparation(cleaning=Cleaning(high_pass=0.01)).parameters_hash
+    (tmp_path / "model.pt").write_bytes((output / "models" / "model.pt").read_bytes())
+    (tmp_path / "model.json").write_text(json.dumps(facts))
+    with pytest.raises(RuntimeError) as caught:
+        infer(output, derivatives, tmp_path / "out", checkpoint=str(tmp_path / "model.pt"))
+    assert "was made with preparation" in sentence(caught.value)
+    one = next(derivatives.glob("sub-*/func/*_bold.nii.gz"))
+    infer(output, one, tmp_path / "out", checkpoint=str(tmp_path / "model.pt"), **filtered)
+    assert read_manifest(tmp_path / "out" / "store")["parameters"]["cleaning"]["high_pass"] == 0.01
 
 
 def test_verify_net_in_out():
@@ -267,6 +292,26 @@ def test_the_command_line_works_from_a_foreign_directory(store: Path, tmp_path: 
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["best.pt", "last.pt", "tensorboard"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_command_line_ends_in_one_sentence(tmp_path: Path):
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(CONFIGS / "inference.json")]
+    command += ["--bundle_root", str(ROOT), "--checkpoint", "none.pt", "--output_dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr.decode().strip().splitlines()[-1].startswith("error: none.pt: no checkpoint here")
+    assert "Traceback" not in done.stderr.decode()
+
+
+@pytest.mark.parametrize("form", ["{0},{1}", "['{0}','{1}']"])
+def test_an_option_that_no_config_knows_is_refused(form: str, tmp_path: Path):
+    """MONAI would add `mask_fracton` to the config, where nothing reads it."""
+    for name, entry in (("a", "mine"), ("b", "+ours#two")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({entry: 1}))
+    given = ["run", "pretrain", "--config_file", form.format(tmp_path / "a.json", tmp_path / "b.json")]
+    refuse_unknown_options([*given, "--mine", "2", "--ours::two=3", "--mask_fraction", "0.5", "--train#trainer#amp=1"])
+    with pytest.raises(InputError, match=r"--mask_fracton: .*did you mean --mask_fraction"):
+        refuse_unknown_options([*given, "--mask_fracton", "0.5"])
 
 
 def test_two_processes_train_one_network_and_validate_every_clip_once(store: Path, tmp_path: Path):

@@ -11,7 +11,8 @@ from bundle.inference import Predictions
 
 
 def test_pitfall_16_a_participant_s_probability_is_the_sigmoid_of_the_mean_logit_of_all_clips(tmp_path):
-    predictions = Predictions(tmp_path, tmp_path)
+    (tmp_path / "model.json").write_text("{}")
+    predictions = Predictions(tmp_path, tmp_path, tmp_path / "model.pt")
     (tmp_path / "summary.tsv").write_text("run_id\tstatus\treason\n")
     for names, logits in ((["b", "a"], [2.0, -1.0]), (["b"], [4.0])):
         output = {"pred": torch.tensor(logits)[:, None], "label": {"participant_id": names}}

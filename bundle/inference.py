@@ -23,6 +23,7 @@ from bundle.transforms import clips
 logger = logging.getLogger(__name__)
 
 
+REFUSED = ("failed", "excluded")
 PACKAGES = ("torch", "monai", "numpy", "scipy", "nibabel", "nilearn")
 COLUMNS = {
     "participant_id": "as in the table of runs, in the file's BIDS name, or the file's name",
@@ -58,10 +59,10 @@ def prepared_clips(
         InputError: no run could be prepared.
     """
     rows = prepare(find_runs(dataset_dir, labels="optional"), store, preparation)["rows"]
-    failed = [row for row in rows if row["status"] == "failed"]
-    if len(failed) == len(rows):
-        raise InputError(f"{dataset_dir}: none of the {len(rows)} runs can be used; the first: {failed[0]['reason']}")
-    usable = {row["run_id"] for row in rows} - {row["run_id"] for row in failed}
+    refused = [row for row in rows if row["status"] in REFUSED]
+    if len(refused) == len(rows):
+        raise InputError(f"{dataset_dir}: none of the {len(rows)} runs can be used; the first: {refused[0]['reason']}")
+    usable = {row["run_id"] for row in rows} - {row["run_id"] for row in refused}
     runs = [run for run in read_manifest(store)["runs"] if run["run_id"] in usable]
     return clips(runs, frames=frames, stride=stride)
 
@@ -112,7 +113,7 @@ class Predictions:
         about = {
             "columns": COLUMNS,
             "intended_use": metadata["intended_use"],
-            "failed_runs": {row["run_id"]: row["reason"] for row in rows if row["status"] == "failed"},
+            "refused_runs": {row["run_id"]: row["reason"] for row in rows if row["status"] in REFUSED},
             "model": json.loads(self.record.read_text()),
             "versions": {metadata["name"]: metadata["version"]} | {name: version(name) for name in PACKAGES},
         }

@@ -128,9 +128,9 @@ def _deal(participants: Sequence[str], strata: Sequence[str], folds: int, seed: 
     _, counts = np.unique(strata, return_counts=True)
     if counts.max() < folds:
         # StratifiedKFold needs one stratum at least as large as the number of folds.
+        advice = "give a smaller --folds" if folds > 3 else "add participants (3 folds are the fewest)"
         raise InputError(
-            f"the largest site and diagnosis group has {counts.max()} participants, fewer than {folds} folds; "
-            "give a smaller --folds"
+            f"the largest site and diagnosis group has {counts.max()} participants, fewer than {folds} folds; {advice}"
         )
     if counts.min() < folds:
         logger.warning(

@@ -1,10 +1,10 @@
 """MONAI dictionary transforms for the data's walk: NIfTI, frames on the grid, store, clip, dense image.
 
-Each is thin over a function of `bundle.grid`, `bundle.bold` or `bundle.store`. Two chains use them:
+Each is thin over a function of `bundle.grid`, `bundle.bold` or `bundle.store`. The chains:
 
-    preparing   LoadBOLDd, ToGridd, ResampleTRd, ZScored, StoreRund
-    training    ReadClipd, ScatterClipd, (masks), TimeLastd
-    inference   LoadBOLDd, ToGridd, ResampleTRd, ZScored, TakeClipd, ScatterClipd, TimeLastd
+    preparing               LoadBOLDd, ToGridd, (cleaning), ResampleTRd, ZScored, StoreRund
+    training and inference  ReadClipd, ScatterClipd, (masks), TimeLastd
+    without a store         LoadBOLDd, ToGridd, ResampleTRd, ZScored, TakeClipd, ScatterClipd, TimeLastd
 """
 
 from collections.abc import Hashable, Mapping, Sequence

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from bundle.errors import InputError
 from bundle.run import run_bundle
 from scripts.commands import prepare, release, splits, synthesize
 
@@ -20,10 +21,12 @@ def demo(folder: str = "demo", subjects: int = 24, effect: float = 2.0, seed: in
 
     Args:
         folder: where everything goes.
-        subjects: size of the cohort, cases and controls over three sites.
+        subjects: size of the cohort, 24 or more: cases and controls over three sites, four of each.
         effect: planted group difference, Cohen's d (0: none, and scores must be at chance).
         seed: seed of the cohort, the split and the training.
     """
+    if subjects < 24:
+        raise InputError(f"the demo needs 24 subjects or more, so that every fold holds all groups, not {subjects}")
     base = Path(folder).resolve()
     derivatives, store = base / "derivatives", base / "store"
     logger.info("Step 1 of 6: make a synthetic cohort of %d subjects in %s", subjects, derivatives)

@@ -219,8 +219,8 @@ def test_inference_goes_on_past_a_bad_run_and_says_so(output: Path, derivatives:
     assert "flat.nii.gz" in sentence(caught.value)
     assert pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")["participant_id"].tolist() == ["sub-00"]
     about = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    assert list(about["failed_runs"]) == ["sub-01_flat"]
-    assert "flat.nii.gz" in about["failed_runs"]["sub-01_flat"]
+    assert list(about["refused_runs"]) == ["sub-01_flat"]
+    assert "flat.nii.gz" in about["refused_runs"]["sub-01_flat"]
     model = hashlib.sha256((output / "models" / "model.pt").read_bytes()).hexdigest()
     assert about["model"]["sha256"] == model
     table = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")

@@ -14,7 +14,7 @@ from torch import Tensor
 from bundle.errors import InputError
 from bundle.splits import SETS, check_participants, load_splits
 from bundle.store import read_manifest
-from bundle.transforms import clips
+from bundle.transforms import CLIP_FRAMES, clips
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ def split_clips(
     store: str | Path,
     splits_file: str | Path,
     subset: str,
-    frames: int = 20,
-    stride: int = 20,
+    frames: int = CLIP_FRAMES,
+    stride: int = CLIP_FRAMES,
     labelled: bool = False,
     label_shuffle_seed: int | None = None,
 ) -> list[dict]:

@@ -1,5 +1,8 @@
 """Back to NIfTI: stored runs, reconstructions and attribution maps, in MNI space, in the original units."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -71,7 +74,8 @@ def export_run(
         array: .npy or .pt file on the grid (see `to_nifti`) to write instead of the run's own frames.
 
     Raises:
-        InputError: no such run or frames, a wrong name or unit, or an array that is not on the grid.
+        InputError: no such run or frames, a wrong name or unit, an array that is not on the grid, or a file that
+            cannot be written; nothing half-written is left.
     """
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
@@ -84,7 +88,8 @@ def export_run(
     if array is None:
         count = record["frames"] - start if frames is None else frames
         rows = store.read_clip(folder, run_id, start, count)  # (T, V)
-        _write_frames(path, rows, voxels, record["tr"], mean, sd)
+        with _whole(path) as unfinished:
+            _write_frames(unfinished, rows, voxels, record["tr"], mean, sd)
         return
     image: Any = to_nifti(_load(Path(array)), tr=record["tr"])
     if units == "original":
@@ -94,7 +99,23 @@ def export_run(
         values[brain] = values[brain] * sd + mean
         values[~brain] = 0
         image = to_nifti(values, tr=record["tr"])
-    nib.save(image, path)
+    with _whole(path) as unfinished:
+        nib.save(image, unfinished)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give a name beside ``path``, with its suffix, that takes its place when all is written."""
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error}); free some disk space or name another file") from error
+    finally:
+        with suppress(OSError):  # its folder may not exist either
+            unfinished.unlink()
 
 
 def _write_frames(path: Path, rows: NDArray, voxels: NDArray, tr: float, mean: float, sd: float) -> None:
@@ -105,7 +126,6 @@ def _write_frames(path: Path, rows: NDArray, voxels: NDArray, tr: float, mean: f
     _say_where(header, grid.AFFINE, tr)
     header["vox_offset"] = 352
     frame = np.zeros(grid.SHAPE, np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with ImageOpener(str(path), "wb") as file:
         header.write_to(file)  # with the empty extension, 352 bytes
         for row in rows:

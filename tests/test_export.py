@@ -3,6 +3,8 @@
 Not covered here: where reconstructions and attributions come from.
 """
 
+import errno
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -24,6 +26,24 @@ def prepared(tmp_path_factory):
     source = save_bold(folder / "run.nii.gz", data, tr=2.0)
     assert prepare([run_of(source, "sub-01")], folder / "store", Preparation(tr=2.0))["prepared"] == 1
     return folder, source
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_a_disk_that_fills_up_leaves_the_earlier_file_and_nothing_else(prepared, tmp_path, monkeypatch, array):
+    folder, _ = prepared
+    np.save(tmp_path / "map.npy", np.zeros(grid.SHAPE, np.float32))
+    (tmp_path / "out.nii.gz").write_bytes(b"earlier")
+
+    def full(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("bundle.export._write_frames", full)
+    monkeypatch.setattr(nib, "save", lambda _, path: full(path))
+    with pytest.raises(InputError, match="No space left"):
+        export_run(folder / "store", "sub-01", tmp_path / "out.nii.gz", array=tmp_path / "map.npy" if array else None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.npy", "out.nii.gz"]
+    assert (tmp_path / "out.nii.gz").read_bytes() == b"earlier"
 
 
 def test_a_round_trip_gives_the_original_values_at_the_original_times(prepared):

@@ -11,7 +11,6 @@ import torch
 
 from bundle.convert import convert_published
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
-from bundle.networks.swin_mamba import join_windows
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "shared" / "parity").glob("*.pt"))
 TOLERANCE = 1e-4
@@ -23,9 +22,10 @@ def token_mask(case: dict, grid: tuple[int, ...]) -> torch.Tensor:
     if case["config"]["spatial_mask"] != "window":
         return case["mask"].reshape(-1, *grid)
     window = case["config"]["window_size"]
-    volume = torch.tensor(window).prod()
-    windows = case["mask"].reshape(-1, 1, 1).expand(-1, int(volume), 1)
-    return join_windows(windows, window, grid)[..., 0]
+    mask = case["mask"].reshape(-1, *(size // width for size, width in zip(grid, window, strict=True)))
+    for axis, width in enumerate(window, 1):
+        mask = mask.repeat_interleave(width, axis)
+    return mask
 
 
 def run(case: dict, network: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

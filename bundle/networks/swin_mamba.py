@@ -39,14 +39,6 @@ def split_windows(tokens: Tensor, window: Sequence[int]) -> Tensor:
     return tokens.reshape(b, *pairs, c).permute(0, 1, 3, 5, 7, 2, 4, 6, 8, 9).reshape(-1, math.prod(window), c)
 
 
-def join_windows(windows: Tensor, window: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """Undo `split_windows`: (b * windows, volume, c) to (b, *grid, c)."""
-    counts = [full // width for full, width in zip(grid, window, strict=True)]
-    c = windows.shape[-1]
-    # (b, nx, ny, nz, nt, wx, wy, wz, wt, c) -> (b, nx, wx, ny, wy, nz, wz, nt, wt, c)
-    return windows.reshape(-1, *counts, *window, c).permute(0, 1, 5, 2, 6, 3, 7, 4, 8, 9).reshape(-1, *grid, c)
-
-
 class _Reorder(torch.autograd.Function):
     """Take tokens by index along axis 1; the gradient is taken by the inverse index instead of added up."""
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from bundle.networks import mamba
-from bundle.networks.mamba import Mamba, scan_for
+from bundle.networks.mamba import KERNEL, Mamba, scan_for
 from bundle.networks.scan import selective_scan, selective_scan_loop
 
 FUSED = "mamba_ssm.ops.selective_scan_interface"
@@ -40,6 +40,35 @@ def test_sequences_do_not_mix():
     layer = Mamba(8)
     tokens = torch.randn(3, 10, 8)
     torch.testing.assert_close(layer(tokens)[1:2], layer(tokens[1:2]))
+
+
+@pytest.mark.parametrize("length", [1, 2, 20])
+def test_the_convolution_is_pytorchs_values_and_gradients(length):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv1d(6, 6, KERNEL, groups=6, padding=KERNEL - 1).double()
+    x = torch.randn(3, length, 6, dtype=torch.float64, requires_grad=True)
+    tensors = [x, conv.weight, conv.bias]
+    expected = conv(x.transpose(1, 2))[..., :length].transpose(1, 2)  # the tail is padding
+    weights = torch.randn_like(expected)
+    found = mamba._CausalConv.apply(*tensors)
+    torch.testing.assert_close(found, expected)
+    for ours, wanted in zip(
+        *(torch.autograd.grad((y * weights).sum(), tensors) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, wanted)
+
+
+def test_the_convolution_of_half_precision_is_rounded_once():
+    """bf16 input and float32 weights, as under autocast: the sum is float32's, the result and gradient bf16."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv1d(6, 6, KERNEL, groups=6, padding=KERNEL - 1)
+    x = torch.randn(3, 9, 6).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mamba._CausalConv.apply(x, conv.weight, conv.bias)
+    y.sum().backward()
+    exact = conv(x.detach().float().transpose(1, 2))[..., :9].transpose(1, 2)
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=2**-8, atol=1e-6)  # half a unit in the last place is 2 ** -9
 
 
 def test_one_token_in_closed_form():

@@ -4,9 +4,11 @@ import logging
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from bundle.networks.scan import selective_scan
@@ -32,7 +34,7 @@ class Mamba(nn.Module):
         inner = 2 * channels
         self.step_rank = math.ceil(channels / 16)
         self.expand = nn.Linear(channels, 2 * inner, bias=False)
-        self.conv = nn.Conv1d(inner, inner, KERNEL, groups=inner, padding=KERNEL - 1)
+        self.conv = nn.Conv1d(inner, inner, KERNEL, groups=inner)  # for its parameters; `_CausalConv` runs them
         self.select = nn.Linear(inner, self.step_rank + 2 * STATES, bias=False)
         self.step = nn.Linear(self.step_rank, inner)
         self.log_decay = nn.Parameter(torch.arange(1, STATES + 1).float().log().repeat(inner, 1))  # (d, n)
@@ -45,14 +47,45 @@ class Mamba(nn.Module):
 
     def forward(self, tokens: Tensor, kept: list[Tensor] | None = None) -> Tensor:
         """Map (b, l, c) to (b, l, c); `kept` as in `selective_scan`."""
-        length = tokens.shape[1]
         x, gate = self.expand(tokens).chunk(2, dim=-1)  # each (b, l, d), d = 2 c
-        x = self.conv(x.transpose(1, 2))[..., :length].transpose(1, 2)  # causal: the tail is padding
-        x = functional.silu(x)
+        x = functional.silu(_CausalConv.apply(x, self.conv.weight, self.conv.bias))
         step, b, c = self.select(x).split([self.step_rank, STATES, STATES], dim=-1)
         step = functional.softplus(self.step(step))
         y = scan_for(x.device.type)(x, step, -torch.exp(self.log_decay), b, c, self.skip, kept)
         return self.contract(y * functional.silu(gate))
+
+
+class _CausalConv(torch.autograd.Function):
+    """Convolve every channel along the tokens by itself, each token with the KERNEL - 1 before it.
+
+    Written as shifted products: convolutions want (b, d, l), which costs a copy each way, and the gradient of one
+    by single channels is slow, on a CPU (measured) as on a GPU (pytorch/pytorch issues 75747 and 192902).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Map x (b, l, d) to the same shape and type; weight (d, 1, k) and bias (d,) as `nn.Conv1d` has them."""
+        length = x.shape[1]
+        taps = weight[:, 0].t().contiguous()  # (k, d)
+        padded = functional.pad(x, (0, 0, KERNEL - 1, 0))
+        ctx.save_for_backward(padded, taps)
+        y = torch.addcmul(bias, padded[:, :length], taps[0])  # in the weights' type, also under autocast
+        for k in range(1, KERNEL):
+            y.addcmul_(padded[:, k : k + length], taps[k])
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        padded, taps = ctx.saved_tensors
+        length = grad_y.shape[1]
+        grad_y = grad_y.to(taps.dtype)
+        grad_padded, grad_taps = torch.zeros_like(padded, dtype=taps.dtype), torch.empty_like(taps)
+        for k in range(KERNEL):
+            grad_padded[:, k : k + length].addcmul_(grad_y, taps[k])
+            grad_taps[k] = (grad_y * padded[:, k : k + length]).sum((0, 1))
+        grad_x = grad_padded[:, KERNEL - 1 :].to(padded.dtype)
+        return grad_x, grad_taps.t().unsqueeze(1), grad_y.sum((0, 1))
 
 
 @cache

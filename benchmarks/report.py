@@ -22,18 +22,20 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def report(
-    sections: Sequence[str] = ("table", "memory", "background", "scaling", "floor"), page: str = "docs/performance.md"
+    sections: str | Sequence[str] = ("table", "memory", "background", "scaling", "floor"),
+    page: str = "docs/performance.md",
 ) -> str:
     """Measure anew and replace sections of the page. At full size this takes about half an hour on two CPU cores.
 
     Args:
-        sections: any of table, memory, background, scaling, floor and, where there is a GPU, gpu.
+        sections: one or several of table, memory, background, scaling, floor and, where there is a GPU, gpu.
         page: Markdown with ``<!-- benchmarks NAME -->`` ... ``<!-- end -->`` around each section.
 
     Raises:
         InputError: there is no such section, or the page has no place for it.
     """
     path = Path(page)
+    sections = [sections] if isinstance(sections, str) else sections
     for name in sections:
         if name not in SECTIONS:
             raise InputError(f"there is no section {name!r}; choose from {', '.join(SECTIONS)}")

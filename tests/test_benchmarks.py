@@ -29,6 +29,7 @@ from benchmarks.report import SECTIONS, replace_section, report
 from benchmarks.scaling import draw, memory, slope
 from benchmarks.table import HEADER, table
 from bundle.errors import InputError
+from bundle.networks import mamba
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.networks.swin_mamba import SwinMambaEncoder
 
@@ -54,6 +55,14 @@ def test_the_gpu_command_runs_on_a_cpu_to_be_checked():
     assert [row[2] for row in rows[2:]] == ["none", "checkpointing", "skip_background"]
     parity = [float(value) for value in rows[2][-1].split(",")]
     assert max(parity) < 1e-2  # eight bits of mantissa
+
+
+def test_a_fused_scan_has_rows_of_its_own_only_where_it_runs(monkeypatch):
+    """A package that is there but cannot be loaded must not lend its name to figures of the plain scan."""
+    settings = {"device": "cpu", "quick": True, "batches": (1,), "repeats": 1}
+    assert {row[0] for row in cells(gpu(**settings))[2:]} == {"plain PyTorch"}
+    monkeypatch.setattr(mamba, "scan_for", lambda _: lean_loop)  # stands in for the kernel
+    assert [row[0] for row in cells(gpu(**settings))[2:]] == 3 * ["plain PyTorch"] + 3 * ["mamba-ssm"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -187,6 +196,8 @@ def test_a_section_of_the_page_is_replaced_and_nothing_else(tmp_path: Path):
         replace_section(page, "table", "")
     with pytest.raises(InputError, match="no section 'speed'"):
         report(["speed"], str(page))
+    with pytest.raises(InputError, match="no section 'speed'"):
+        report("speed", str(page))  # one section, as the command line gives it
 
 
 def test_the_page_has_a_place_for_every_section():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from monai.bundle import ConfigParser
 from small_stores import planted_store
@@ -62,6 +63,14 @@ def test_pitfall_14_several_gpus_share_the_validation_set_and_repeat_no_clip(sma
         assert parser.get_parsed_content("validate#dataloader").sampler is sampler
         shares += list(sampler)
     assert sorted(shares) == list(range(36))
+
+
+@pytest.mark.parametrize("engine", ["pretrain: train#trainer", "pretrain: validate#evaluator", "train: train#trainer"])
+def test_mixed_precision_of_training_is_bf16(small_store, engine):
+    """MONAI's engines would take float16, whose loss scale no checkpoint here keeps."""
+    stage, name = engine.split(": ")
+    parser = parsed(small_store, stage)
+    assert parser.get_parsed_content(f"{name}#amp_kwargs") == {"dtype": torch.bfloat16}
 
 
 def test_pitfall_14_the_best_weights_on_validation_are_frozen_and_tested(small_store):

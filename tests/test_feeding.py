@@ -67,3 +67,14 @@ def test_training_counts_its_waiting_apart_from_validation(name):
     handlers = [handler["_target_"] for handler in config["train"]["handlers"] if isinstance(handler, dict)]
     assert handlers.index("bundle.engines.DataWaiting") < handlers.index("monai.handlers.ValidationHandler")
     assert all(config[part]["dataloader"]["pin_memory"] for part in ("train", "validate"))
+
+
+def test_several_gpus_are_fed_from_pinned_memory_as_one_is():
+    """The overlay has loaders of its own; from pageable memory the copy to the device would not overlap."""
+    config = json.loads((CONFIGS / "multi_gpu.json").read_text())
+    loaders = {
+        name: config[part]["dataloader"]["pin_memory"]
+        for part, name in (("+train", "train"), ("+validate", "validate"))
+    }
+    plain = json.loads((CONFIGS / "pretrain.json").read_text())
+    assert loaders == {name: plain[name]["dataloader"]["pin_memory"] for name in loaders}

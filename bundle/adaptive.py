@@ -24,7 +24,7 @@ from bundle.atlas import REGIONS, Regions, labels_on, load_atlas, region_labels
 from bundle.errors import InputError
 from bundle.mask_transforms import AAL3ROIMaskd
 from bundle.metrics import EngineMetric
-from bundle.store import write_text
+from bundle.store import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class FollowRegionErrors:
         logger.info("Next masks: %s", ", ".join(f"{region} {share:.0%}" for region, share in shares))
         if idist.get_rank() == 0:
             entry = {str(engine.state.epoch): self.mask.probabilities.tolist()}
-            write_text(self.history, json.dumps(_read_history(self.history) | entry) + "\n")
+            write_json(self.history, _read_history(self.history) | entry)
 
 
 class ResumeCurriculum:

@@ -5,7 +5,6 @@ the training participants alone; the threshold comes from the validation partici
 scored once, as for the networks.
 """
 
-import json
 import logging
 import tempfile
 import warnings
@@ -35,7 +34,7 @@ from bundle.atlas import Atlas, labels_on, load_atlas
 from bundle.errors import InputError
 from bundle.evaluation import write_test
 from bundle.splits import SETS, load_splits
-from bundle.store import read_clip, read_manifest, read_voxels, write_text
+from bundle.store import read_clip, read_manifest, read_voxels, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +240,7 @@ def run_baseline(
     table = write_test(tables["validation"], tables["test"], folder, resamples, seed, threshold)
     facts: dict[str, Any] = {"baseline": name, "chosen": getattr(model, "best_params_", {})}
     facts["features"] = list(features) if isinstance(features, pd.DataFrame) else "connectivity"
-    write_text(Path(folder) / "baseline.json", json.dumps(facts, indent=1) + "\n")
+    write_json(Path(folder) / "baseline.json", facts)
     return table
 
 

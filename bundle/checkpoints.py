@@ -15,7 +15,7 @@ from torch import nn
 
 from bundle.errors import InputError
 from bundle.splits import load_splits
-from bundle.store import file_sha256, read_manifest, write_text
+from bundle.store import file_sha256, read_manifest, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ def release(checkpoint: str | Path, folder: str | Path) -> Path:
     facts = saved_facts(saved, checkpoint)
     path = Path(folder) / "model.pt"
     write_checkpoint(saved["network"], path)
-    write_text(path.with_suffix(".json"), json.dumps(facts | {"sha256": file_sha256(path)}, indent=1) + "\n")
+    write_json(path.with_suffix(".json"), facts | {"sha256": file_sha256(path)})
     return path
 
 

@@ -1,6 +1,5 @@
 """The final test: once, over subjects, with intervals, at a threshold fixed on the validation set."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from sklearn.metrics import roc_curve
 from bundle.errors import InputError
 from bundle.intervals import least_rate, limits
 from bundle.metrics import SubjectScores, subject_scores
-from bundle.store import write_text
+from bundle.store import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +188,7 @@ def write_test(
         "bootstrap_seed": seed,
         "scores": table,
     }
-    write_text(output_dir / "scores.json", json.dumps(summary, indent=1) + "\n")
+    write_json(output_dir / "scores.json", summary)
     for name, score in table.items():
         logger.info(
             "Test, %d subjects: %s %.3f (95%% interval %.3f to %.3f)",

@@ -5,7 +5,6 @@ in training. The squared error of z-scored BOLD is mostly static anatomy, so the
 mean goes with it.
 """
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from bundle.atlas import Atlas, load_atlas
 from bundle.metrics import MaskedMSE, TemporalR2
 from bundle.region_maps import draw, interval, unit_index, units
-from bundle.store import write_text
+from bundle.store import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +172,6 @@ def evaluate_reconstruction(
     draw(summary[summary["measure"] == "temporal_r2"], loaded, output_dir / "reconstruction_r2", "temporal R²")
     scores = {name: float(metric.compute()) for name, metric in own.items()}
     facts = {"hidden_by": hide_by, "clips": len(clips), "participants": subjects["participant_id"].nunique()}
-    write_text(output_dir / "reconstruction.json", json.dumps(scores | facts, indent=1) + "\n")
+    write_json(output_dir / "reconstruction.json", scores | facts)
     logger.info("Reconstruction of %d clips: %s; written to %s", len(clips), scores, output_dir)
     return scores

@@ -123,7 +123,8 @@ def _own_reconstruction(cells: Cells) -> pd.DataFrame:
         if path.is_file():
             rows.append({"strategy": record["strategy"]} | json.loads(path.read_text()))
     table = pd.DataFrame(rows, columns=["strategy", "masked_mse", "temporal_r2"])
-    return table.groupby("strategy").mean().reset_index()
+    scores = table.astype({"masked_mse": float, "temporal_r2": float})  # null, for undefined, to NaN
+    return scores.groupby("strategy").mean().reset_index()
 
 
 def region_reconstruction(cells: Cells, atlas: Atlas, resamples: int, seed: int) -> pd.DataFrame:

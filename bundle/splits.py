@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
 from bundle.errors import InputError
-from bundle.store import check_run_id, write_text
+from bundle.store import check_run_id, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def _hash(sets: dict[str, list[str]]) -> str:
 
 def save_splits(splits: dict, path: str | Path) -> None:
     """Write a split file atomically (write, then rename)."""
-    write_text(Path(path), json.dumps(splits, indent=1) + "\n")
+    write_json(Path(path), splits)
 
 
 def load_splits(path: str | Path) -> dict:

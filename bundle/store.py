@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -112,6 +113,24 @@ def write_text(path: Path, text: str) -> None:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write strict JSON, whole or not at all; NaN, which JSON lacks, becomes null.
+
+    Raises:
+        StoreWriteError: it cannot be written.
+        ValueError: a number is infinite.
+    """
+    write_text(path, json.dumps(_nan_to_null(content), indent=1, allow_nan=False) + "\n")
+
+
+def _nan_to_null(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _nan_to_null(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_nan_to_null(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def file_sha256(*paths: str | Path) -> str:

@@ -42,7 +42,7 @@ from bundle.baselines import BASELINES, mean_motion, run_baseline
 from bundle.errors import InputError
 from bundle.run import config_file, run_bundle
 from bundle.splits import make_splits, save_splits
-from bundle.store import read_manifest, write_text
+from bundle.store import read_manifest, write_json, write_text
 from bundle.workers import dask_executor
 
 logger = logging.getLogger(__name__)
@@ -332,7 +332,7 @@ def run_cell(cell: Cell) -> None:
 
 
 def _write(cell: Cell, record: dict) -> None:
-    write_text(Path(cell.folder) / "cell.json", json.dumps(record, indent=1) + "\n")
+    write_json(Path(cell.folder) / "cell.json", record)
 
 
 def _baseline_stages(cell: Cell) -> dict[str, Callable[[], Any]]:
@@ -417,8 +417,8 @@ def _write_plan(sweep: Sweep, cells: Sequence[Cell]) -> None:
     """Keep in the results folder what the report needs: the plan, the data's summary and the exact configs."""
     results = Path(sweep.results)
     plan = asdict(sweep) | {"cells": {Path(cell.folder).name: cell.sha256 for cell in cells}}
-    write_text(results / "sweep.json", json.dumps(plan, indent=1) + "\n")
-    write_text(results / "data.json", json.dumps(describe_data(sweep.store), indent=1) + "\n")
+    write_json(results / "sweep.json", plan)
+    write_json(results / "data.json", describe_data(sweep.store))
     masks = [strategy.mask for strategy in map(_strategy, sweep.strategies) if strategy.mask is not None]
     for name in dict.fromkeys(["pretrain", "train", "evaluate", *sweep.steps, *sweep.configs, *masks]):
         file = config_file(name)

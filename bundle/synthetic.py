@@ -58,6 +58,7 @@ from bundle.signals import (
     group_latents,
     label_signals,
 )
+from bundle.store import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -307,11 +308,6 @@ def write_tables(folder: Path, plan: pd.DataFrame, truth: dict[str, Any]) -> Non
     write_json(folder / "dataset_description.json", description)
     write_json(folder / "truth.json", truth)
     plan.drop(columns=["coupling_z", "intensity"]).to_csv(folder / "participants.tsv", sep="\t", index=False)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write indented UTF-8 JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def site_anatomy(voxel_mm: float) -> Anatomy:

@@ -1,6 +1,5 @@
 """The truth test: is a planted effect found, and is nothing found where nothing is planted?"""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from bundle.errors import InputError
 from bundle.prepare import prepare
 from bundle.sources import find_runs
 from bundle.statistics import pooled_scores, read_outcomes
-from bundle.store import write_text
+from bundle.store import write_json, write_text
 from bundle.sweep import Sweep, run_sweep
 from bundle.synthetic import EFFECTS, make_cohort
 
@@ -74,7 +73,7 @@ def truth_test(
         raise InputError(f"{len(failures)} cells failed; run again to go on. " + "; ".join(failures))
     table = pd.DataFrame(rows)
     write_text(folder / "truth.csv", table.to_csv(index=False, float_format="%.4f"))
-    write_text(folder / "truth_summary.json", json.dumps(summarise(table).to_dict("records"), indent=1) + "\n")
+    write_json(folder / "truth_summary.json", summarise(table).to_dict("records"))
     return table
 
 

@@ -53,6 +53,6 @@ def report(folder: Path) -> None:
     print("\nTest subjects (SYNTHETIC data: these scores say nothing about ADHD)")
     print(pd.read_csv(folder / "subjects.tsv", sep="\t").to_string(index=False, float_format="%.3f"))
     print("\nScores with 95 % bootstrap intervals over subjects (SYNTHETIC data)")
-    for name, score in summary["scores"].items():
-        print(f"  {name:18} {score['value']:.3f}  ({score['low']:.3f} to {score['high']:.3f})")
+    scores = pd.DataFrame(summary["scores"]).T.astype(float)  # null, for undefined, to NaN
+    print(scores.to_string(float_format="%.3f", na_rep="–"))
     print(f"\nEverything is in {folder.parents[1]}")

@@ -59,6 +59,13 @@ def test_a_site_of_one_class_has_an_accuracy_and_nothing_else(tmp_path):
     assert np.isnan([table["auroc"]["value"], table["balanced_accuracy"]["value"], table["accuracy"]["low"]]).all()
     assert len(pd.read_csv(tmp_path / "subjects.tsv", sep="\t")) == 3
 
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    written = json.loads((tmp_path / "scores.json").read_text(), parse_constant=refuse)["scores"]
+    assert written["auroc"] == {"value": None, "low": None, "high": None}
+    assert written["accuracy"]["value"] == pytest.approx(2 / 3)
+
 
 def test_interval_of_auroc_has_the_textbook_width():
     """Hanley & McNeil (1982) standard error of the AUROC, within 25 %."""

@@ -16,6 +16,7 @@ from bundle.region_maps import draw, units
 from bundle.report import by_fold, curves_plot, one_class_folds, write_report
 from bundle.splits import make_splits, save_splits
 from bundle.statistics import compare, finished_cells, read_outcomes
+from bundle.store import write_json
 
 SEEDS = (0, 1)
 STRATEGIES = ("random_tube", "limbic")
@@ -101,6 +102,18 @@ def test_report_names_the_sites_of_one_class(results):
     for text in (html, (results / "report.md").read_text()):
         assert "Sites whose test subjects are of one class" in text
         assert "east (1 case), west (3 controls)" in text
+
+
+def test_a_reconstruction_without_r2_is_a_dash_in_the_report(results):
+    """Where the hidden voxels of all clips are constant over time."""
+    for name, r2 in (("limbic", None), ("random_tube", 0.25)):
+        folder = results / "cells" / f"{name}__seed-0__fold-north" / "pretrain" / "reconstruction"
+        write_json(folder / "reconstruction.json", {"masked_mse": 0.5, "temporal_r2": r2})
+    write_report(results, resamples=20)
+    lines = (results / "report.md").read_text().splitlines()
+    for name, ending in (("limbic", "| 0.5000 | – |"), ("random_tube", "| 0.5000 | 0.250 |")):
+        (row,) = [line for line in lines if line.startswith(f"| {name} |")]
+        assert row.endswith(ending)
 
 
 def test_a_report_without_such_sites_is_silent_about_them(tmp_path):

@@ -220,3 +220,12 @@ def test_hash_of_files_is_that_of_their_bytes_in_order(tmp_path):
     assert store.file_sha256(two) == hashlib.sha256(b"b").hexdigest()
     with pytest.raises(InputError, match="none cannot be read"):
         store.file_sha256(one, tmp_path / "none")
+
+
+def test_json_is_strict_nan_is_null_and_infinity_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    store.write_json(path, {"a": [float("nan"), {"b": np.float64("nan")}], "c": (1.5, "NaN", None, True)})
+    assert json.loads(path.read_text()) == {"a": [None, {"b": None}], "c": [1.5, "NaN", None, True]}
+    with pytest.raises(ValueError, match="JSON"):
+        store.write_json(path, {"a": float("inf")})
+    assert json.loads(path.read_text())["c"][0] == 1.5  # what was there is whole

@@ -17,6 +17,10 @@ A sweep is a small JSON file:
 
 A cell whose ``cell.json`` says that it is finished, with the hash of everything that shapes it, is never run again. An
 unfinished one goes on from its last checkpoint; one with another hash is deleted and made anew.
+
+A cell is locked while it is run (see `bundle.run.locked`), by the file ``<cell>.lock`` beside its folder: a second
+process is refused. Its training process holds the lock too, so that a Dask worker that is lost while its training goes
+on keeps others out.
 """
 
 import hashlib
@@ -40,7 +44,7 @@ from tqdm.auto import tqdm
 
 from bundle.baselines import BASELINES, mean_motion, run_baseline
 from bundle.errors import InputError
-from bundle.run import config_file, run_bundle
+from bundle.run import config_file, locked, run_bundle
 from bundle.splits import make_splits, save_splits
 from bundle.store import read_manifest, write_json, write_text
 from bundle.workers import dask_executor
@@ -302,7 +306,17 @@ def _record(cell: Cell) -> dict | None:
 
 
 def run_cell(cell: Cell) -> None:
-    """Run the stages of one cell that are not done, then gather its scores, subjects and learning curves."""
+    """Run the stages of one cell that are not done, then gather its scores, subjects and learning curves.
+
+    Raises:
+        InputError: another process is running it, or a stage did not finish.
+    """
+    with locked(Path(f"{cell.folder}.lock")) as lock:
+        if not is_finished(cell):  # another process may have finished it since the plan was made
+            _run_locked(cell, lock)
+
+
+def _run_locked(cell: Cell, lock: int) -> None:
     folder = Path(cell.folder)
     record = _record(cell)
     if record is not None and record["sha256"] != cell.sha256:
@@ -319,7 +333,7 @@ def run_cell(cell: Cell) -> None:
         "seconds": {},
         "finished": False,
     }
-    stages = _baseline_stages(cell) if cell.baseline else _stages(cell)
+    stages = _baseline_stages(cell) if cell.baseline else _stages(cell, lock)
     for name, stage in stages.items():
         if name not in record["seconds"]:
             _write(cell, record)
@@ -342,7 +356,7 @@ def _baseline_stages(cell: Cell) -> dict[str, Callable[[], Any]]:
     return {"test": run}
 
 
-def _stages(cell: Cell) -> dict[str, Callable[[], Any]]:
+def _stages(cell: Cell, lock: int) -> dict[str, Callable[[], Any]]:
     """The stages of a cell in order, each of which runs one process."""
     folder = Path(cell.folder)
     common = {"dataset_dir": cell.store, "splits_file": cell.splits_file, "seed": cell.seed} | dict(cell.overrides)
@@ -360,7 +374,7 @@ def _stages(cell: Cell) -> dict[str, Callable[[], Any]]:
     jobs["test"] = ("run", ["train", "evaluate", *overlays], training)
     if "attribute" in cell.steps:
         jobs["attribute"] = ("run", ["train", "attribute", *overlays], training)
-    return {name: partial(run_bundle, *job, folder / "log.txt") for name, job in jobs.items()}
+    return {name: partial(run_bundle, *job, folder / "log.txt", lock) for name, job in jobs.items()}
 
 
 def _gather(folder: Path) -> None:

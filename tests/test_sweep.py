@@ -9,6 +9,7 @@ import re
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from bundle import sweep as module
 from bundle.errors import InputError
 from bundle.evaluation import write_test
 from bundle.report import write_report
-from bundle.run import ROOT
+from bundle.run import ROOT, locked
 from bundle.splits import load_splits
 from bundle.statistics import read_outcomes
 from bundle.store import read_manifest
@@ -40,7 +41,8 @@ def calls(monkeypatch, store):
     calls_overrides: list[dict] = []
     diagnosis = {run["participant_id"]: run["diagnosis"] for run in read_manifest(store)["runs"]}
 
-    def stage(run_id, configs, overrides, log=None):
+    def stage(run_id, configs, overrides, log=None, lock=None):
+        assert lock is not None
         output = Path(overrides["output_dir"])
         calls.append((run_id, tuple(configs), output.parent.name))
         calls_overrides.append(overrides)
@@ -230,6 +232,26 @@ def test_an_interrupted_cell_repeats_no_finished_stage(store, tmp_path, calls):
     calls.calls.clear()
     module.run_cell(cell)
     assert [call[1] for call in calls.calls] == [("train", "evaluate")]
+
+
+def test_a_cell_at_work_is_refused_and_one_finished_meanwhile_not_repeated(store, tmp_path, monkeypatch, calls):
+    monkeypatch.setattr(module, "locked", partial(locked, patience_s=0))
+    cell = next(c for c in plan_cells(small(store, tmp_path)) if "limbic" in c.folder)
+    refusals = []
+
+    def second(*stage):
+        try:
+            module.run_cell(cell)
+        except InputError as error:
+            refusals.append(str(error))
+        calls(*stage)
+
+    monkeypatch.setattr(module, "run_bundle", second)
+    module.run_cell(cell)
+    assert len(refusals) == len(calls.calls) == 3  # in each stage
+    assert all(f"{cell.folder}.lock is locked" in refusal for refusal in refusals)
+    module.run_cell(cell)
+    assert len(calls.calls) == 3
 
 
 def test_changed_settings_make_only_the_affected_cells_anew(store, tmp_path, calls):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from bundle.errors import InputError
-from bundle.prepare import prepare
+from bundle.prepare import prepare, refuse_failures
 from bundle.sources import find_runs
 from bundle.statistics import pooled_scores, read_outcomes
 from bundle.store import write_json, write_text
@@ -20,6 +20,7 @@ def prepared_cohort(folder: Path, subjects: int, planted: str, effect: float, se
     effect_on, size = ("coupling", 0.0) if planted == "nothing" else (planted, effect)
     source = make_cohort(folder / "derivatives", subjects, size, seed, duration_s=60.0, effect_on=effect_on)
     prepare(find_runs(source), folder / "store")
+    refuse_failures(folder / "store")  # half a cohort is no test
     return folder / "store"
 
 
@@ -66,6 +67,8 @@ def truth_test(
             store = cohort(place, subjects, what, float(effect), seed)
             failed = run_sweep(replace(sweep, store=str(store), results=str(place / "results")), workers)
             failures += [f"{place.name}: {failure}" for failure in failed]
+            if failed:  # the other cohorts go on, but no table will be made
+                continue
             for strategy, own in read_outcomes(place / "results").items():
                 score = pooled_scores(own, resamples, seed)["auroc"]
                 rows.append({"planted": what, "seed": seed, "strategy": strategy} | score)

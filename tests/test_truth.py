@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from small_stores import planted_store
 
+from bundle.errors import InputError
 from bundle.sweep import Sweep
 from bundle.truth import summarise, truth_test
 
@@ -20,6 +21,19 @@ def test_planted_effect_is_found_over_all_subjects(tmp_path):
     assert table.loc[1, "low"] > 0.5
     assert table.loc[1, "value"] > table.loc[0, "value"]
     assert (tmp_path / "truth.csv").is_file()
+
+
+def test_all_failures_are_named_and_stop_no_other_cohort(tmp_path, monkeypatch):
+    def broken(run_id, configs, overrides, *rest):
+        raise InputError("broken on purpose")
+
+    monkeypatch.setattr("bundle.sweep.run_bundle", broken)
+    sweep = Sweep("", "", {"folds": 3, "test": [0]}, strategies=["random_weights"], steps=[])
+    with pytest.raises(InputError, match=r"^2 cells failed; run again to go on\. ") as error:
+        truth_test(tmp_path, sweep, ("nothing", "coupling"), 4.0, (0,), 24, cohort=cohort)
+    for name in ("nothing_seed-0", "coupling_seed-0"):
+        assert f"{name}: random_weights__seed-0__fold-0: broken on purpose" in str(error.value)
+    assert not (tmp_path / "truth.csv").exists()
 
 
 def test_shares_count_cohorts():

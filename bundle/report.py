@@ -47,7 +47,8 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
     cells = finished_cells(results)
     tested = read_outcomes(results)
     plan, data = (json.loads((results / name).read_text()) for name in ("sweep.json", "data.json"))
-    atlas = load_atlas(plan["overrides"].get("atlas"))
+    atlas = plan["overrides"].get("atlas")
+    atlas = load_atlas(atlas and Path(plan["directory"], atlas))
     pictures = results / "report"
     pictures.mkdir(exist_ok=True)
     label = {True: "SYNTHETIC data", False: "", None: "data of unknown origin"}[data["synthetic"]]

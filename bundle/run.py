@@ -1,8 +1,8 @@
 """Run this bundle's configs as a user would, each in a process of its own; what each does first (`begin`)."""
 
 import difflib
-import inspect
 import fcntl
+import inspect
 import logging
 import os
 import re
@@ -92,6 +92,7 @@ def run_bundle(
     overrides: Mapping[str, Any],
     log: Path | None = None,
     lock: int | None = None,
+    directory: str | Path | None = None,
 ) -> None:
     """Run ``python -m monai.bundle run RUN_ID`` on some configs, of which later ones win.
 
@@ -103,9 +104,10 @@ def run_bundle(
         overrides: config id to value, as on the command line.
         log: append what the process writes to this file, instead of showing it.
         lock: descriptor of a lock that the process holds too; see `locked`.
+        directory: working directory of the process, from which it takes relative paths; None: this one's.
 
     Raises:
-        InputError: it did not finish; its log says why.
+        InputError: there is no such directory, or it did not finish; its log says why.
     """
     files = [str(config_file(name)) for name in configs]
     command = on_a_leash("-m", "monai.bundle", "run", run_id)
@@ -118,13 +120,15 @@ def run_bundle(
     environment = {"GOMP_SPINCOUNT": "1000"} | os.environ
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
+    if directory is not None and not Path(directory).is_dir():
+        raise InputError(f"{directory} is not seen from this machine; start the sweep in a folder that workers see too")
     kept = () if lock is None else (lock,)
     with nullcontext() if log is None else log.open("ab") as file:
         status = subprocess.run(
-            command, env=environment, check=False, stdout=file, stderr=file, pass_fds=kept
+            command, env=environment, check=False, stdout=file, stderr=file, pass_fds=kept, cwd=directory
         ).returncode
     if status != 0:
-        raise InputError(f"{configs[0]}.json did not finish (status {status}); {log or 'its log'} says why")
+        raise InputError(f"{Path(files[0]).name} did not finish (status {status}); {log or 'its log'} says why")
 
 
 def begin() -> None:

@@ -15,6 +15,8 @@ A sweep is a small JSON file:
     train       the same, for classification and what follows it
     steps       beyond training and test: any of "reconstruct", "attribute"
 
+Relative paths, in overrides too, count from the folder in which the sweep is started, wherever a cell is run.
+
 A cell whose ``cell.json`` says that it is finished, with the hash of everything that shapes it, is never run again. An
 unfinished one goes on from its last checkpoint; one with another hash is deleted and made anew.
 
@@ -99,6 +101,7 @@ class Cell:
     overrides: Mapping[str, Any]
     steps: tuple[str, ...]
     resamples: int
+    directory: str
     sha256: str
 
 
@@ -193,6 +196,7 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
                 overrides=dict(sweep.overrides),
                 steps=tuple(sweep.steps),
                 resamples=sweep.bootstrap_resamples,
+                directory=str(Path.cwd()),
                 sha256=hashlib.sha256(json.dumps(shared | own, sort_keys=True).encode()).hexdigest(),
             )
         )
@@ -374,7 +378,7 @@ def _stages(cell: Cell, lock: int) -> dict[str, Callable[[], Any]]:
     jobs["test"] = ("run", ["train", "evaluate", *overlays], training)
     if "attribute" in cell.steps:
         jobs["attribute"] = ("run", ["train", "attribute", *overlays], training)
-    return {name: partial(run_bundle, *job, folder / "log.txt", lock) for name, job in jobs.items()}
+    return {name: partial(run_bundle, *job, folder / "log.txt", lock, cell.directory) for name, job in jobs.items()}
 
 
 def _gather(folder: Path) -> None:
@@ -431,6 +435,7 @@ def _write_plan(sweep: Sweep, cells: Sequence[Cell]) -> None:
     """Keep in the results folder what the report needs: the plan, the data's summary and the exact configs."""
     results = Path(sweep.results)
     plan = asdict(sweep) | {"cells": {Path(cell.folder).name: cell.sha256 for cell in cells}}
+    plan["directory"] = str(Path.cwd())
     write_json(results / "sweep.json", plan)
     write_json(results / "data.json", describe_data(sweep.store))
     masks = [strategy.mask for strategy in map(_strategy, sweep.strategies) if strategy.mask is not None]

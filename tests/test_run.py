@@ -1,5 +1,6 @@
 """Processes and locks that end with whoever needs them, tried with real processes that are killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bundle.errors import InputError
-from bundle.run import ROOT, locked
+from bundle.run import ROOT, locked, run_bundle
 
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 
@@ -20,6 +21,18 @@ def start(code: str, *arguments: object) -> tuple[subprocess.Popen, int]:
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     return process, int(process.stdout.readline())
+
+
+def test_a_process_takes_relative_paths_from_the_directory_it_is_given(tmp_path):
+    (tmp_path / "here").mkdir()
+    copy = {"_target_": "shutil.copyfile", "src": "@file", "dst": "copy.json"}
+    (tmp_path / "run.json").write_text(json.dumps({"file": "absent.json", "run": [copy]}))
+    run_bundle(
+        "run", [str(tmp_path / "run.json")], {"file": "../run.json"}, tmp_path / "log.txt", directory=tmp_path / "here"
+    )
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["copy.json"]
+    with pytest.raises(InputError, match=r"gone is not seen from this machine"):
+        run_bundle("run", [str(tmp_path / "run.json")], {}, directory=tmp_path / "gone")
 
 
 def alive(pid: int) -> bool:

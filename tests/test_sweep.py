@@ -6,6 +6,7 @@ elsewhere. Not covered: Dask workers on other machines, and network stages that 
 
 import json
 import re
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ import pytest
 from small_stores import planted_store
 
 from bundle import sweep as module
+from bundle.atlas import load_atlas
 from bundle.errors import InputError
 from bundle.evaluation import write_test
 from bundle.report import write_report
@@ -39,10 +41,12 @@ def calls(monkeypatch, store):
     calls: list = []
     calls_broken: set[str] = set()
     calls_overrides: list[dict] = []
+    directories: set[str] = set()
     diagnosis = {run["participant_id"]: run["diagnosis"] for run in read_manifest(store)["runs"]}
 
-    def stage(run_id, configs, overrides, log=None, lock=None):
+    def stage(run_id, configs, overrides, log=None, lock=None, directory=None):
         assert lock is not None
+        directories.add(directory)
         output = Path(overrides["output_dir"])
         calls.append((run_id, tuple(configs), output.parent.name))
         calls_overrides.append(overrides)
@@ -64,6 +68,7 @@ def calls(monkeypatch, store):
 
     monkeypatch.setattr(module, "run_bundle", stage)
     stage.calls, stage.broken, stage.overrides = calls, calls_broken, calls_overrides
+    stage.directories = directories
     return stage
 
 
@@ -163,6 +168,26 @@ def test_cells_name_configs_that_any_working_directory_finds(store, tmp_path, ca
     sweep = small(store, tmp_path, strategies=[{"name": "mine", "mask": "mine.json"}], configs=["demo", "overlay.json"])
     assert run_sweep(sweep) == []
     assert calls.calls[0][1] == ("pretrain", str(tmp_path / "mine.json"), "demo", str(tmp_path / "overlay.json"))
+
+
+def test_a_worker_elsewhere_takes_relative_paths_from_where_the_sweep_was_started(store, tmp_path, calls, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    sweep = small(store, tmp_path, baselines=[], overrides={"atlas": "atlas.nii.gz"})
+    cells = plan_cells(sweep)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for cell in cells:
+        module.run_cell(cell)
+    assert calls.directories == {str(tmp_path / "here")}
+
+
+def test_the_report_finds_the_atlas_that_the_sweep_named(store, tmp_path, calls, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(load_atlas().source, "atlas.nii")
+    run_sweep(small(store, tmp_path, strategies=[], overrides={"atlas": "atlas.nii"}))
+    monkeypatch.chdir("/")
+    assert write_report(tmp_path / "results", resamples=20).is_file()
 
 
 @pytest.fixture

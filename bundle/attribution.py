@@ -182,6 +182,7 @@ def attribute(
     loaded, prepare = load_atlas(atlas), Compose(transforms)
     members = {level: units(loaded, level) for level in LEVELS}
     index = {level: unit_index(loaded, members[level]) for level in LEVELS}
+    counts = [len(names) for names in members.values()]
     voxels = {level: np.bincount(index[level].flatten(), minlength=len(members[level]) + 1)[1:] for level in LEVELS}
     network.eval().requires_grad_(False)
     if isinstance(network, Classifier):
@@ -199,7 +200,6 @@ def attribute(
     for position in tqdm(range(len(clips)), desc="attribute to regions", unit="clip"):
         item, image = read(position)
         without = still(image) if common is None else common.expand_as(image)
-        counts = [len(names) for names in members.values()]
         summed = gradients(logit, image, without, list(index.values()), counts, steps)
         found = {("integrated_gradients", level): values for level, values in zip(LEVELS, summed, strict=True)}
         for level in levels:

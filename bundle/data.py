@@ -127,7 +127,8 @@ class PrepareBatch:
     Args:
         transforms: applied to each item in order; they must leave ``image`` ``(1, X, Y, Z, T)``.
         encode: a frozen map from images ``(1, 1, X, Y, Z, T)`` to features ``(1, c)``, which the network then
-            receives instead of images. Every clip is encoded once, and remembered by its run and start.
+            receives instead of images. Every clip is encoded once, and remembered by its run and start; where the
+            first transform is the one that reads it, not the loader's, it is read once too.
     """
 
     def __init__(self, transforms: Sequence[Callable], encode: Callable[[Tensor], Tensor] | None = None) -> None:

@@ -108,6 +108,14 @@ def test_a_fine_tuned_encoder_has_learnt_and_is_attributed_like_a_frozen_one(out
     assert (sizes["value"] > 0).all()
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_the_loader_reads_clips_only_where_their_features_are_not_remembered(store: Path, freeze: bool):
+    flow = workflow("train", "evaluate", dataset_dir=str(store), freeze_encoder=freeze)
+    flow.initialize()
+    for dataset in ("train#dataset", "validate#dataset", "dataset"):
+        assert ("frames" in flow.parser.get_parsed_content(dataset)[0]) is not freeze
+
+
 def test_the_test_set_is_scored_once_per_subject(output: Path, store: Path):
     subjects = pd.read_csv(output / "train" / "evaluation" / "subjects.tsv", sep="\t")
     expected = json.loads((store / "splits.json").read_text())["sets"]["test"]

@@ -151,21 +151,28 @@ def test_reseeding_repeats_an_epoch_and_another_seed_does_not(store: Path):
     assert not torch.equal(first[1], other[1])
 
 
-def test_a_frozen_encoder_sees_every_clip_once(store: Path):
+def test_a_frozen_encoder_sees_every_clip_once_and_it_is_read_once(store: Path):
     items = split_clips(store, store / "splits.json", "train", frames=4, labelled=True)[:3]
     read = ReadClipd(store, frames=4)
-    batch = keep_items([read(item) for item in items])
+    reads = []
+
+    def reading(item: dict) -> dict:
+        reads.append(item["run_id"])
+        return read(item)
+
+    batch = keep_items(items)
     seen = []
 
     def encode(image: torch.Tensor) -> torch.Tensor:
         seen.append(image.shape)
         return image.mean(dim=(2, 3, 4, 5)).expand(-1, 5)
 
-    prepare = PrepareBatch([ScatterClipd(), TimeLastd()], encode)
+    prepare = PrepareBatch([reading, ScatterClipd(), TimeLastd()], encode)
     features, target, arguments, _ = prepare(batch)
     again, swapped, *_ = prepare([batch[2], batch[0]])
     assert seen == [(1, 1, 96, 96, 96, 4)] * 3
-    images, expected, *_ = PrepareBatch([ScatterClipd(), TimeLastd()])(batch)
+    assert reads == [item["run_id"] for item in items]
+    images, expected, *_ = PrepareBatch([ScatterClipd(), TimeLastd()])(keep_items([read(item) for item in items]))
     torch.testing.assert_close(features, images.mean(dim=(2, 3, 4, 5)).expand(-1, 5))
     assert torch.equal(again, features[[2, 0]])
     assert torch.equal(target["label"], expected["label"])

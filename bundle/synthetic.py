@@ -51,13 +51,7 @@ from tqdm.auto import tqdm
 
 from bundle.atlas import REGIONS, labels_on, load_atlas
 from bundle.errors import InputError
-from bundle.signals import (
-    BAND_HZ,
-    COUPLED,
-    band_frequencies,
-    group_latents,
-    label_signals,
-)
+from bundle.signals import BAND_HZ, COUPLED, band_frequencies, group_latents, label_signals
 from bundle.store import write_json
 
 logger = logging.getLogger(__name__)
@@ -170,13 +164,10 @@ def make_cohort(
         draft = Path(temporary) / "cohort"
         draft.mkdir()
         write_tables(draft, plan, truth)
-        anatomies = {site.name: site_anatomy(site.voxel_mm) for site in sites}
-        by_name = {site.name: site for site in sites}
-        records = plan.to_dict("records")
-        for number, subject in enumerate(tqdm(records, desc="synthetic cohort", unit="subject")):
-            site = by_name[subject["site"]]
+        places = {site.name: (site, site_anatomy(site.voxel_mm)) for site in sites}
+        for number, subject in enumerate(tqdm(plan.to_dict("records"), desc="synthetic cohort", unit="subject")):
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
-            write_subject(draft, subject, site, anatomies[site.name], duration_s, rng)
+            write_subject(draft, subject, *places[subject["site"]], duration_s, rng)
         draft.rename(folder)  # atomic; replaces an empty folder
     return folder
 
@@ -367,12 +358,7 @@ def voxel_signals(
 
 
 def write_subject(
-    folder: Path,
-    subject: dict[str, Any],
-    site: Site,
-    anatomy: Anatomy,
-    duration_s: float,
-    rng: np.random.Generator,
+    folder: Path, subject: dict[str, Any], site: Site, anatomy: Anatomy, duration_s: float, rng: np.random.Generator
 ) -> None:
     """Write a subject's run, brain mask, sidecar and planted latents; the diagnosis is not used."""
     name = str(subject["participant_id"])

@@ -18,8 +18,9 @@ import pandas as pd
 import pytest
 from small_stores import planted_store
 
-from bundle import sweep as module
+from bundle import cells as module
 from bundle.atlas import load_atlas
+from bundle.cells import is_finished
 from bundle.errors import InputError
 from bundle.evaluation import write_test
 from bundle.report import write_report
@@ -27,7 +28,7 @@ from bundle.run import ROOT, locked
 from bundle.splits import load_splits
 from bundle.statistics import read_outcomes
 from bundle.store import read_manifest
-from bundle.sweep import Sweep, describe_data, is_finished, plan_cells, read_sweep, run_sweep
+from bundle.sweep import Sweep, describe_data, plan_cells, read_sweep, run_sweep
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def test_all_failures_are_named_and_stop_no_other_cohort(tmp_path, monkeypatch):
     def broken(run_id, configs, overrides, *rest):
         raise InputError("broken on purpose")
 
-    monkeypatch.setattr("bundle.sweep.run_bundle", broken)
+    monkeypatch.setattr("bundle.cells.run_bundle", broken)
     sweep = Sweep("", "", {"folds": 3, "test": [0]}, strategies=["random_weights"], steps=[])
     with pytest.raises(InputError, match=r"^2 cells failed; run again to go on\. ") as error:
         truth_test(tmp_path, sweep, ("nothing", "coupling"), 4.0, (0,), 24, cohort=cohort)

@@ -144,7 +144,7 @@ def mean_motion(runs: Sequence[dict]) -> pd.DataFrame | None:
     values: dict[str, list[float]] = {}
     for run in runs:
         source = Path(run["source"])
-        found = sorted(source.parent.glob(f"{run['run_id']}*_desc-confounds_*.tsv"))
+        found = sorted(source.parent.glob(f"{run['run_id']}_desc-confounds_*.tsv"))
         if not found:
             return None
         confounds = pd.read_csv(found[0], sep="\t")

@@ -135,6 +135,7 @@ def test_head_motion_from_a_column_or_from_fmriprep_or_not_at_all(store, tmp_pat
         folder.mkdir()
         table = pd.DataFrame({"framewise_displacement": [np.nan, 0.1, 0.3]})
         table.to_csv(folder / f"{run['run_id']}_desc-confounds_timeseries.tsv", sep="\t", na_rep="n/a", index=False)
+        (9 * table).to_csv(folder / f"{run['run_id']}0_desc-confounds_timeseries.tsv", sep="\t", index=False)  # run-10
         sources.append(run | {"source": str(folder / "bold.nii.gz")})
     assert mean_motion(sources)["mean_fd"].tolist() == pytest.approx([0.2, 0.2])
 

@@ -135,6 +135,25 @@ def summarise(subjects: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame
     return pd.concat(rows, ignore_index=True)
 
 
+def within_folds(subjects: pd.DataFrame) -> pd.DataFrame:
+    """Values around the middle between their fold's two groups, for subjects that several networks have tested.
+
+    Networks of different folds are not on one scale, and sites left out differ: where the share of cases differs
+    between folds, a difference between folds would pass for one between cases and controls.
+
+    Args:
+        subjects: rows as for `summarise`, with ``fold`` and ``seed``.
+
+    Returns:
+        The rows with their values changed, without those of folds of one class.
+    """
+    unit = ["fold", "seed", "method", "level", "name"]
+    means = subjects.pivot_table(index=unit, columns="label", values="value").reindex(columns=[0, 1])
+    middle = means.mean(axis=1, skipna=False).rename("middle").reset_index()
+    merged = subjects.merge(middle, on=unit, how="left")
+    return merged.assign(value=merged["value"] - merged["middle"]).dropna(subset="middle").drop(columns="middle")
+
+
 def _mean(values: NDArray, axis: int) -> NDArray:
     return values.mean(axis)
 

@@ -17,7 +17,7 @@ from bundle import attribution, reconstruction
 from bundle.atlas import Atlas, load_atlas
 from bundle.region_maps import draw
 from bundle.statistics import METRICS, REFERENCE, Outcomes, compare, finished_cells, metric_of, read_outcomes
-from bundle.store import write_text
+from bundle.store import slug, write_text
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 from matplotlib import pyplot as plt
@@ -65,6 +65,8 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
         _save(figure, pictures / f"curves_{stage}.png")
     attributed = attribution_figures(cells, atlas, pictures, resamples, seed, label)
 
+    names = dict.fromkeys(Path(record["settings"]["splits_file"]).name for _, record in cells)
+    splits = [results / "splits" / name for name in names]  # an earlier plan's are there too
     context = {
         "label": label,
         "synthetic": data["synthetic"],
@@ -82,7 +84,7 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
         "unfinished": sorted(set(plan["cells"]) - {folder.name for folder, _ in cells}),
         "versions": _versions(cells),
         "configs": {path.stem: path.read_text() for path in sorted((results / "configs").glob("*.json"))},
-        "splits": {path.stem: json.loads(path.read_text())["sha256"] for path in (results / "splits").glob("*.json")},
+        "splits": {path.stem: json.loads(path.read_text())["sha256"] for path in splits},
     }
     return _render(results, pictures, context)
 
@@ -143,7 +145,7 @@ def _per_strategy(cells: Cells, file: Path) -> dict[str, pd.DataFrame]:
     for folder, record in cells:
         if (folder / file).is_file():
             table = pd.read_csv(folder / file, dtype={"participant_id": str})
-            tables.setdefault(record["strategy"], []).append(table)
+            tables.setdefault(record["strategy"], []).append(table.assign(fold=record["fold"], seed=record["seed"]))
     return {strategy: pd.concat(parts) for strategy, parts in tables.items()}
 
 
@@ -247,7 +249,7 @@ def curves_plot(cells: Cells, stage: str, label: str) -> Figure | None:
 def attribution_figures(
     cells: Cells, atlas: Atlas, pictures: Path, resamples: int, seed: int, label: str
 ) -> list[dict[str, Any]]:
-    """Pictures of each strategy's attribution over the subjects of all its cells.
+    """Pictures of each strategy's attribution over the subjects of all its cells, see `attribution.within_folds`.
 
     Returns:
         ``strategy``, ``method`` and ``pictures`` (file names) of each: the regions' separation per 1000 voxels.
@@ -256,11 +258,13 @@ def attribution_figures(
     tables = _per_strategy(cells, Path("train", "attribution", "attribution_subjects.csv"))
     for strategy, table in tqdm(tables.items(), desc="attribution", unit="strategy", disable=not tables):
         keys = ["participant_id", "label", "method", "level", "name", "voxels"]
-        subjects = table.groupby(keys, sort=False)["value"].mean().reset_index()  # over seeds
+        subjects = attribution.within_folds(table).groupby(keys, sort=False)["value"].mean().reset_index()  # over seeds
+        if subjects.empty:  # no fold holds both cases and controls
+            continue
         summary = attribution.summarise(subjects, resamples, seed)
         for method, part in summary[summary["measure"] == "separation_per_1000_voxels"].groupby("method"):
             title = f"{str(method).replace('_', ' ')}, cases − controls, logits/1000 voxels {label and '– ' + label}"
-            stem = pictures / f"attribution_{strategy}_{method}"
+            stem = pictures / f"attribution_{slug(strategy)}_{method}"
             draw(part, atlas, stem, title)
             names = [f"{stem.name}_bars.png", f"{stem.name}_brain.png"]
             shown = [name for name in names if (pictures / name).is_file()]

@@ -48,6 +48,11 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
+def slug(name: str) -> str:
+    """A name with ``_`` for each character that not every file system keeps; two names may become the same."""
+    return re.sub(r"[^A-Za-z0-9+-]", "_", name)
+
+
 def write_run(store: str | Path, record: dict, frames: NDArray[np.float16], voxels: NDArray[np.integer]) -> None:
     """Write one run so that a reader sees all of it or nothing, replacing an earlier version.
 

@@ -21,7 +21,6 @@ Relative paths, in overrides too, count from the folder in which the sweep is st
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ from bundle.cells import Cell, Strategy, is_finished, run_cell
 from bundle.errors import InputError
 from bundle.run import config_file
 from bundle.splits import make_splits, save_splits
-from bundle.store import read_manifest, write_json, write_text
+from bundle.store import read_manifest, slug, write_json, write_text
 from bundle.workers import dask_executor
 
 logger = logging.getLogger(__name__)
@@ -114,8 +113,10 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
     folds = _folds(sweep.splits, runs)
     _refuse_shared_files("sites", folds)
     _refuse_shared_files("strategies", [_strategy(entry).name for entry in sweep.strategies])
+    # with their hash: another plan for the same folder never changes the splits of a cell that waits
+    files = {f: results / "splits" / f"fold-{slug(f)}-{splits['sha256'][:8]}.json" for f, splits in folds.items()}
     for fold, splits in folds.items():
-        save_splits(splits, results / "splits" / f"fold-{_slug(fold)}.json")
+        save_splits(splits, files[fold])
     shared = {
         "data": read_manifest(sweep.store)["parameters_hash"],
         "runs": [[run[key] for key in ("run_id", "source_sha256", "site", "diagnosis", "participant")] for run in runs],
@@ -142,7 +143,7 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
         own = {"strategy": asdict(strategy), "seed": seed, "splits": splits["sha256"], "baseline": baseline}
         own["mask"] = None if strategy.mask is None else config_file(strategy.mask).read_text()
         own |= {} if baseline else networks_only
-        name = f"{_slug(strategy.name)}__seed-{seed}__fold-{_slug(fold)}"
+        name = f"{slug(strategy.name)}__seed-{seed}__fold-{slug(fold)}"
         cells.append(
             Cell(
                 strategy=replace(strategy, mask=strategy.mask and _anywhere(strategy.mask)),
@@ -150,7 +151,7 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
                 fold=fold,
                 folder=str(results / "cells" / name),
                 store=str(Path(sweep.store).absolute()),
-                splits_file=str(results / "splits" / f"fold-{_slug(fold)}.json"),
+                splits_file=str(files[fold]),
                 baseline=baseline,
                 configs=tuple(map(_anywhere, sweep.configs)),
                 overrides=dict(sweep.overrides),
@@ -188,17 +189,13 @@ def _folds(splits: Mapping[str, Any], runs: Sequence[dict]) -> dict[str, dict]:
     return {str(fold): make_splits(runs, folds=folds, fold=fold, seed=seed) for fold in chosen}
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9+-]", "_", name)
-
-
 def _refuse_shared_files(what: str, names: Iterable[str]) -> None:
     """Raise `InputError` if two names differ only in characters that file names of cells do not keep."""
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(_slug(name), name)
+        other = seen.setdefault(slug(name), name)
         if other != name:
-            raise InputError(f"{what} {other!r} and {name!r} would both be filed under {_slug(name)!r}; rename one")
+            raise InputError(f"{what} {other!r} and {name!r} would both be filed under {slug(name)!r}; rename one")
 
 
 def run_sweep(sweep: Sweep, workers: int = 1, scheduler: str | None = None) -> list[str]:
@@ -296,4 +293,4 @@ def _write_plan(sweep: Sweep, cells: Sequence[Cell]) -> None:
     masks = [strategy.mask for strategy in map(_strategy, sweep.strategies) if strategy.mask is not None]
     for name in dict.fromkeys(["pretrain", "train", "evaluate", *sweep.steps, *sweep.configs, *masks]):
         file = config_file(name)
-        write_text(results / "configs" / f"{_slug(name.removesuffix('.json'))}.json", file.read_text())
+        write_text(results / "configs" / f"{slug(name.removesuffix('.json'))}.json", file.read_text())

@@ -9,7 +9,7 @@ from torch import nn
 
 from bundle import grid
 from bundle.atlas import load_atlas
-from bundle.attribution import ablation, average, gradients, still, summarise
+from bundle.attribution import ablation, average, gradients, still, summarise, within_folds
 from bundle.reconstruction import label_sums
 from bundle.reconstruction import summarise as summarise_reconstruction
 from bundle.region_maps import draw, label_map, unit_index, units
@@ -142,6 +142,29 @@ def test_summary_of_reconstruction_divides_sums_over_subjects_and_labels():
         assert found.loc[(level, "mse", name), "value"] == pytest.approx(1.0)
         assert found.loc[(level, "temporal_r2", name), "value"] == pytest.approx(0.5)
         assert found.loc[(level, "temporal_r2", name), ["low", "high"]].tolist() == pytest.approx([0.25, 0.75])
+
+
+def test_a_difference_between_folds_is_none_between_groups():
+    """Two networks, 10 apart, the first tested mostly on cases; within each fold cases are 2 above controls."""
+    counts = {("a", 1): 6, ("a", 0): 2, ("b", 1): 3, ("b", 0): 9, ("one class", 1): 4}
+    offsets = {"a": 10.0, "b": 0.0, "one class": 50.0}
+    rows = [
+        (f"{fold}{label}{i}", label, fold, offsets[fold] + 2 * label + spread)
+        for (fold, label), count in counts.items()
+        for i, spread in enumerate(np.linspace(-1, 1, count))
+    ]
+    table = pd.DataFrame(rows, columns=["participant_id", "label", "fold", "value"])
+    table = table.assign(seed=0, method="ablation", level="group", name="limbic", voxels=500)
+
+    def separation(table):
+        found = summarise(table, 50, 0).set_index("measure")
+        return found.loc["separation", "value"], found.loc["separation_per_1000_voxels", "value"]
+
+    assert separation(table)[0] > 20
+    assert separation(within_folds(table)) == pytest.approx((2, 4))
+    one = table[table["fold"] == "a"]
+    assert separation(within_folds(one)) == pytest.approx(separation(one))
+    assert within_folds(table[table["fold"] == "one class"]).empty
 
 
 def test_groups_hold_every_label_once():

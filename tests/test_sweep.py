@@ -94,10 +94,20 @@ def test_stages_run_in_order_once_and_share_the_store(store, tmp_path, calls):
 def test_the_best_encoder_is_frozen_and_the_best_classifier_tested_on_one_split_file(store, tmp_path, calls):
     run_sweep(small(store, tmp_path, baselines=[], splits={"folds": 3, "test": [1]}, strategies=["limbic"]))
     (pretrain, train, test) = calls.overrides
-    assert {stage["splits_file"] for stage in calls.overrides} == {str(tmp_path / "results" / "splits" / "fold-1.json")}
+    (splits,) = (tmp_path / "results" / "splits").iterdir()
+    assert {stage["splits_file"] for stage in calls.overrides} == {str(splits)}
     assert train["encoder_checkpoint"] == pretrain["output_dir"] / "best.pt"
     assert train == test  # evaluate.json tests best.pt of this folder
     assert "checkpoint" not in test
+
+
+def test_another_plan_for_the_same_folder_leaves_the_splits_of_waiting_cells_alone(store, tmp_path):
+    """As when a sweep's file is edited and started again while cells of the first are still to come."""
+    first = plan_cells(small(store, tmp_path))
+    before = {cell.splits_file: load_splits(cell.splits_file) for cell in first}
+    second = plan_cells(small(store, tmp_path, splits={"folds": 3, "seed": 7, "test": [0, 1]}))
+    assert {cell.splits_file: load_splits(cell.splits_file) for cell in first} == before
+    assert not set(before) & {cell.splits_file for cell in second}
 
 
 def test_overrides_reach_their_stage_and_a_strategy_has_the_last_word(store, tmp_path, calls):

@@ -245,10 +245,21 @@ def run_baseline(
 
 
 def _fit(model: BaseEstimator, rows: Any, labels: NDArray) -> None:
+    """Fit, tuning in fewer inner folds where a class has fewer members than there are folds.
+
+    Raises:
+        InputError: the training set holds fewer than two cases or two controls.
+    """
+    controls, cases = np.bincount(labels, minlength=2)
+    if min(cases, controls) < 2:
+        raise InputError(
+            f"the training set holds {cases} cases and {controls} controls, too few to learn from; make other splits"
+        )
     with tempfile.TemporaryDirectory() as kept, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Maximum number of iterations")  # of a tangent space's reference
         if isinstance(model, GridSearchCV):
             model.set_params(estimator__memory=kept)  # connectivity is the same for every penalty
+            model.cv.n_splits = min(model.cv.n_splits, cases, controls)
         model.fit(rows, labels)
 
 

@@ -100,7 +100,7 @@ def _render(results: Path, pictures: Path, context: Mapping[str, Any]) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "ci": _with_limits}
+    environment.filters |= {"number": _number, "p_value": _p_value, "ci": _with_limits}
     html = environment.get_template("report.html.j2").render(context, picture=embedded)
     markdown = environment.get_template("report.md.j2").render(context, picture=lambda name: f"report/{name}")
     write_text(results / "report.html", html)
@@ -111,6 +111,11 @@ def _render(results: Path, pictures: Path, context: Mapping[str, Any]) -> Path:
 
 def _number(value: Any, digits: int = 3) -> str:
     return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _p_value(value: float) -> str:
+    """A p-value in three digits, of which 0.000 is not one."""
+    return "<0.001" if value < 0.001 else _number(value)
 
 
 def _with_limits(row: Mapping[str, Any], name: str) -> str:

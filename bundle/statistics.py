@@ -190,7 +190,7 @@ def accuracy_p_value(first: Outcomes, second: Outcomes, resamples: int = 2000, s
     return float(
         permutation_test(
             (first.correct, second.correct),
-            lambda x, y, axis: np.mean(x - y, axis=axis),
+            lambda x, y, axis: np.round(np.mean(x - y, axis=axis), 12),  # ties are ties, in whatever order it is summed
             permutation_type="samples",
             vectorized=True,
             n_resamples=resamples,

@@ -9,11 +9,20 @@ import pandas as pd
 import pytest
 from nilearn import signal
 from nilearn.maskers import NiftiLabelsMasker
+from sklearn.linear_model import LogisticRegression
 from small_stores import planted_store, some_voxels
 
 from bundle import grid
 from bundle.atlas import labels_on, load_atlas
-from bundle.baselines import mean_motion, participants_table, region_series, run_baseline, table_classifier
+from bundle.baselines import (
+    _fit,
+    connectivity_classifier,
+    mean_motion,
+    participants_table,
+    region_series,
+    run_baseline,
+    table_classifier,
+)
 from bundle.errors import InputError
 from bundle.splits import make_splits, save_splits
 from bundle.store import read_clip, read_manifest, read_run, write_record, write_run
@@ -102,6 +111,20 @@ def test_test_subjects_labels_change_no_logit_and_no_threshold(store, tmp_path):
     assert first["logit"].tolist() == second["logit"].tolist()
     assert one == two
     assert (first["label"] == 1 - second["label"]).all()
+
+
+def test_few_cases_are_shared_out_over_fewer_inner_folds_and_one_is_too_few():
+    """With an inner fold that lacks cases every setting would score NaN, and the first of the list be "chosen"."""
+    rng = np.random.default_rng(0)
+    for cases, inner in ((3, 3), (8, 5)):
+        labels = np.repeat([1, 0], [cases, 9])
+        series = [rng.normal(size=(40, 4)) for _ in labels]
+        model = connectivity_classifier(LogisticRegression(), 0)
+        _fit(model, series, labels)
+        assert model.n_splits_ == inner
+        assert np.isfinite(model.cv_results_["mean_test_score"]).all()
+    with pytest.raises(InputError, match="holds 1 cases and 9 controls"):
+        _fit(connectivity_classifier(LogisticRegression(), 0), series[:10], np.repeat([1, 0], [1, 9]))
 
 
 def test_majority_scores_the_share_of_the_more_frequent_class(store, tmp_path):

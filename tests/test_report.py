@@ -13,7 +13,7 @@ from bundle.atlas import load_atlas
 from bundle.attribution import summarise
 from bundle.evaluation import write_test
 from bundle.region_maps import draw, units
-from bundle.report import by_fold, curves_plot, one_class_folds, write_report
+from bundle.report import _p_value, by_fold, curves_plot, one_class_folds, write_report
 from bundle.splits import make_splits, save_splits
 from bundle.statistics import compare, finished_cells, read_outcomes
 from bundle.store import write_json
@@ -115,6 +115,12 @@ def test_a_reconstruction_without_r2_is_a_dash_in_the_report(results):
     for name, ending in (("limbic", "| 0.5000 | – |"), ("random_tube", "| 0.5000 | 0.250 |")):
         (row,) = [line for line in lines if line.startswith(f"| {name} |")]
         assert row.endswith(ending)
+
+
+def test_no_p_value_is_zero():
+    assert [_p_value(p) for p in (1e-9, 0.00099, 0.001, 0.0416, 1.0, np.nan)] == [
+        "<0.001", "<0.001", "0.001", "0.042", "1.000", "–"
+    ]  # fmt: skip
 
 
 def test_a_report_without_such_sites_is_silent_about_them(tmp_path):

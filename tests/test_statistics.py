@@ -128,6 +128,23 @@ def test_mcnemar_is_the_binomial_test_of_discordant_subjects():
     assert accuracy_p_value(first, second) == pytest.approx(binomtest(better, better + worse).pvalue)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [([3, 3, 0, 2, 0, 0, 1, 3], [2, 1, 0, 3, 2, 2, 2, 0]), ([0, 1, 2, 3, 3, 1, 2, 0], [1, 3, 2, 3, 2, 2, 3, 2])],
+)
+def test_accuracies_of_several_seeds_are_compared_by_all_exchanges_with_ties(first, second):
+    """All 2^8 exchanges, counted in whole thirds, so that equal differences are equal."""
+    labels = np.repeat([0, 1], 4)
+    tested = []
+    for thirds in (first, second):
+        right = np.arange(3) < np.array(thirds)[:, None]  # (subjects, seeds)
+        tested.append(given_by(labels, np.where(right == (labels[:, None] == 1), 1, -1)))
+    gains = np.array(first) - second
+    null = np.array([np.sum(np.where(swap, -1, 1) * gains) for swap in itertools.product((0, 1), repeat=8)])
+    expected = min(1, 2 * min(np.mean(null <= gains.sum()), np.mean(null >= gains.sum())))
+    assert accuracy_p_value(*tested, resamples=1000) == pytest.approx(expected)
+
+
 def test_comparison_is_corrected_for_the_number_of_strategies():
     table = compare(
         {"random_tube": noisy(60, 0, 0), "a": noisy(60, 1, 1), "b": noisy(60, 2, 2), "c": noisy(60, 0, 3)},

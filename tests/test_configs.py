@@ -19,10 +19,10 @@ from monai.bundle import ConfigWorkflow, load, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bundle.checkpoints import load_checkpoint, release
+from bundle.command_line import refuse_unknown_options
 from bundle.confounds import Cleaning
 from bundle.errors import InputError
 from bundle.prepare import Preparation
-from bundle.run import refuse_unknown_options
 from bundle.splits import make_splits, save_splits
 from bundle.store import read_manifest
 

@@ -1,0 +1,77 @@
+"""What MONAI's command line leaves to be wished for: every config begins with `begin`."""
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import monai.bundle
+from fire.parser import DefaultParseValue
+from monai.bundle import ConfigParser
+
+from bundle.errors import InputError
+from bundle.run import ROOT
+
+
+def begin() -> None:
+    """Entry of every config's `initialize`.
+
+    A problem with the user's input ends in one sentence, as in `python -m scripts`, not in MONAI's traceback of it.
+    An option that no config knows is refused; MONAI would take it for a new entry, which nothing reads.
+
+    Does nothing where a config is run by Python code.
+
+    Raises:
+        InputError: the command line sets an unknown entry.
+    """
+    if Path(sys.argv[0]).parts[-3:] == ("monai", "bundle", "__main__.py"):
+        sys.excepthook = _one_sentence
+        refuse_unknown_options(sys.argv[1:])
+
+
+def refuse_unknown_options(arguments: Sequence[str]) -> None:
+    """Refuse `--name` that is neither MONAI's nor an entry of the given configs or of one of this bundle's.
+
+    Args:
+        arguments: of `python -m monai.bundle`, from the word `run` on.
+
+    Raises:
+        InputError: such an option; names the nearest that exist.
+    """
+    options: dict[str, Any] = {}
+    for name, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if name.startswith("--"):
+            name, equals, value = name[2:].partition("=")
+            options[name] = DefaultParseValue(value if equals else following)  # as Fire, MONAI's command line, reads it
+    if "args_file" in options:
+        options = ConfigParser.load_config_file(options["args_file"]) | options
+    known = set(inspect.signature(monai.bundle.run).parameters)
+    given = options.get("config_file", [])
+    files = given.split(",") if isinstance(given, str) else given
+    for file in (*files, *(ROOT / "configs").glob("*.json"), *(ROOT / "configs" / "masks").glob("*.json")):
+        known |= {_top(name) for name in ConfigParser.load_config_file(file)}
+    for name in options:
+        if _top(name) not in known:
+            near = difflib.get_close_matches(name, known, n=2)
+            advice = f"did you mean --{' or --'.join(near)}?" if near else "see the first lines of the config"
+            raise InputError(f"--{name}: no config has such an entry, so it would do nothing; {advice}")
+
+
+def _top(name: str) -> str:
+    """The entry at the top that a name such as `train#trainer#amp` or `+train` is about."""
+    return re.split("#|::", name.lstrip("+"))[0]
+
+
+def _one_sentence(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the `InputError` that MONAI has wrapped; all else as ever."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__
+    if cause is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"error: {cause}", file=sys.stderr)  # noqa: T201

@@ -33,6 +33,12 @@ COLUMNS = {
 }
 
 
+def remove_earlier(output_dir: str | Path) -> None:
+    """Remove the predictions of an earlier run, so that none is taken for this run's where it ends early."""
+    for name in ("predictions.tsv", "predictions.json"):
+        Path(output_dir, name).unlink(missing_ok=True)
+
+
 def load_model(network: nn.Module, path: str | Path, size: Mapping[str, Any], preparation: Preparation) -> None:
     """Load a released model that was trained on data prepared in this way.
 

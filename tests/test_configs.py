@@ -234,6 +234,11 @@ def test_inference_goes_on_past_a_bad_run_and_says_so(output: Path, derivatives:
     table = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")
     assert table.columns.tolist() == list(about["columns"])
 
+    with pytest.raises(RuntimeError) as caught:
+        infer(output, tmp_path / "flat.nii.gz", tmp_path / "out")
+    assert "none of the 1 runs can be used" in sentence(caught.value)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["store"]  # no one else's predictions
+
 
 def test_a_model_of_another_size_or_without_its_record_is_refused(output: Path, derivatives: Path, tmp_path: Path):
     with pytest.raises(RuntimeError) as caught:

@@ -26,10 +26,13 @@ from bundle.errors import InputError
 logger = logging.getLogger(__name__)
 
 TR_RANGE = (0.1, 20.0)  # seconds
-SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
+SECONDS_PER_UNIT = {8: 1.0, 16: 1e-3, 24: 1e-6}  # by NIfTI's code: s, ms, us
 MNI_CODE = 4  # the NIfTI xform code for MNI152
 KEPT_BYTES = 3 * 2**28  # 768 MiB: 400 frames of int16 over the MNI152 2 mm box
-_READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError)
+_READ_ERRORS = (
+    OSError, EOFError, ValueError, OverflowError, zlib.error, nib.filebasedimages.ImageFileError,
+    nib.spatialimages.HeaderDataError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def open_bold(path: str | Path, tr: float | None = None, space: str | None = Non
     """
     path = Path(path)
     image = _load_nifti(path)
-    if len(image.shape) != 4:
+    if len(image.shape) != 4 or min(image.shape) < 1:
         raise InputError(f"{path} has shape {image.shape}, but BOLD must be 4D (x, y, z, time); give the 4D run")
     if image.get_data_dtype().kind not in "iuf":
         raise InputError(
@@ -129,7 +132,8 @@ def _affine_of(image: Any, path: Path, assume: bool) -> NDArray[np.float64]:
             )
         logger.warning("%s has neither an sform nor a qform; its centre is taken as the world origin", path)
     affine = np.asarray(image.affine, np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+    finite = np.isfinite(affine).all()
+    if not finite or abs(np.linalg.det(affine[:3, :3])) < 1e-6 or None in nib.aff2axcodes(affine):
         raise InputError(f"{path} has an affine that cannot be inverted ({affine[:3].tolist()}); repair its header")
     return affine
 
@@ -165,7 +169,8 @@ def _tr_of(image: Any, path: Path, given: float | None) -> tuple[float, str]:
     else:
         tr, source = header_tr, "header"
         if tr is None:
-            unit, size = image.header.get_xyzt_units()[1], float(image.header["pixdim"][4])
+            unit = nib.nifti1.unit_codes.label.get(_time_unit(image), "unknown")
+            size = float(image.header["pixdim"][4])
             raise InputError(f"{path} gives its TR as {size:g} in the unit {unit!r}; give --tr in seconds")
     if isinstance(tr, bool) or not isinstance(tr, int | float) or not TR_RANGE[0] <= tr <= TR_RANGE[1]:
         raise InputError(
@@ -179,8 +184,13 @@ def _tr_of(image: Any, path: Path, given: float | None) -> tuple[float, str]:
 
 def _header_tr(image: Any) -> float | None:
     """The header's TR in seconds, to the microsecond (it is stored as float32); None if it has no unit."""
-    factor = SECONDS_PER_UNIT.get(image.header.get_xyzt_units()[1])
+    factor = SECONDS_PER_UNIT.get(_time_unit(image))
     return None if factor is None else round(float(image.header["pixdim"][4]) * factor, 6)
+
+
+def _time_unit(image: Any) -> int:
+    """NIfTI's code of the unit of time, which need not be one that NIfTI defines."""
+    return int(image.header["xyzt_units"]) & ~7
 
 
 def _sidecar_tr(sidecar: Path) -> Any:
@@ -369,7 +379,7 @@ def resample_tr(frames: NDArray[np.float32], tr: float, new_tr: float) -> NDArra
         return frames
     out = np.empty((frames_after(len(frames), tr, new_tr), frames.shape[1]), np.float32)
     for index, row in enumerate(out):
-        position = index * new_tr / tr
+        position = min(index * new_tr / tr, len(frames) - 1)  # rounding may put the last one behind it
         if abs(position - round(position)) < grid.SNAP:
             row[:] = frames[round(position)]
         else:

@@ -211,6 +211,13 @@ def _identify(preparation: Preparation, run: Run) -> dict[str, Any]:
         }
     except InputError as error:
         return {"problem": str(error)}
+    except Exception as error:
+        logger.exception("checking %s failed unexpectedly", run["bold"])
+        return {"problem": _unexpected(run, error)}
+
+
+def _unexpected(run: Run, error: Exception) -> str:
+    return f"{run['bold']} failed unexpectedly: {type(error).__name__}: {error}"
 
 
 def _confounds_sha256(run: Run, preparation: Preparation) -> str | None:
@@ -279,8 +286,7 @@ def attempt(run: Run, preparation: Preparation, work: Callable[[], Mapping], sta
         return row_of(run, preparation, "failed", reason=str(error))
     except Exception as error:
         logger.exception("preparing %s failed unexpectedly", run["bold"])
-        reason = f"{run['bold']} failed unexpectedly: {type(error).__name__}: {error}"
-        return row_of(run, preparation, "failed", reason=reason)
+        return row_of(run, preparation, "failed", reason=_unexpected(run, error))
 
 
 def prepared_item(run: Run, identity: Mapping[str, Any], preparation: Preparation) -> dict[Any, Any]:

@@ -5,12 +5,13 @@ Pitfalls 1, 3, 4, 5, 7. Not covered here: the interpolation itself (test_grid.py
 
 import gzip
 import json
+import struct
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_runs import COARSE_AFFINE, COARSE_SHAPE, coarse_brain, coarse_signal, save_bold, save_mask
 
@@ -52,6 +53,29 @@ def test_bad_headers_are_refused_in_one_sentence(tmp_path, signal, changes, mess
     with pytest.raises(InputError, match=message) as caught:
         bold.open_bold(path)
     assert path.name in str(caught.value)
+    assert one_sentence(str(caught.value))
+
+
+DAMAGED_HEADERS = {  # bytes of the NIfTI-1 header that cannot be, by their offset
+    "a data type that is none": (70, "<h", 30),
+    "data that begin inside the header": (108, "<f", 151),
+    "data that begin at infinity": (108, "<f", np.inf),
+    "an intercept that is not a number": (116, "<f", np.nan),
+    "a unit that NIfTI does not define": (123, "<B", 255),
+    "no frames": (48, "<h", 0),
+    "a negative size": (42, "<h", -25),
+    "an axis that vanishes beside another": (284, "<f", 1e30),
+}
+
+
+@pytest.mark.parametrize(("offset", "kind", "value"), DAMAGED_HEADERS.values(), ids=DAMAGED_HEADERS.keys())
+def test_damaged_headers_are_refused_in_one_sentence(tmp_path, signal, offset, kind, value):
+    path = save_bold(tmp_path / "run.nii", signal, slope=2.0)
+    content = bytearray(path.read_bytes())
+    struct.pack_into(kind, content, offset, value)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"run\.nii") as caught:
+        bold.open_bold(path)
     assert one_sentence(str(caught.value))
 
 
@@ -310,6 +334,7 @@ def test_nan_and_inf_are_refused_with_a_count(tmp_path, signal, place, value, me
 @given(
     frames=st.integers(2, 60), tr=st.floats(0.3, 4).map(lambda v: round(v, 3)), new_tr=st.sampled_from([0.8, 1, 0.5])
 )
+@example(frames=120, tr=0.10084, new_tr=0.8)  # the last new frame lies behind the last one by less than the tolerance
 def test_resampling_in_time_is_numpys_interpolation(frames, tr, new_tr):
     data = np.random.default_rng(frames).normal(size=(frames, 3)).astype(np.float32)
     last = (frames - 1) * tr

@@ -185,6 +185,19 @@ def test_an_unexpected_error_is_listed_with_its_type_and_logged(files, monkeypat
     assert "Traceback" in caplog.text
 
 
+def test_an_error_before_reading_stops_its_own_run_only(files, monkeypatch):
+    def forbidden(path, *args):
+        if path.name == "a.nii.gz":
+            raise PermissionError("a.nii.gz")
+        return opened(path, *args)
+
+    opened = module.open_bold
+    monkeypatch.setattr(module, "open_bold", forbidden)
+    summary = prepare([run_of(files / f"{name}.nii.gz", f"sub-{name}") for name in ("a", "b")], files / "store")
+    assert status_of(summary) == {"sub-a": "failed", "sub-b": "prepared"}
+    assert "failed unexpectedly: PermissionError" in reason_of(summary, "sub-a")
+
+
 def test_a_full_disk_stops_the_job_and_leaves_nothing_half_written(files):
     runs = [run_of(files / f"{name}.nii.gz", f"sub-{name}") for name in ("a", "b")]
     limits = getrlimit(RLIMIT_FSIZE)  # stands in for a full disk: the kernel refuses the write

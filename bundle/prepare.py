@@ -150,7 +150,12 @@ def prepare(
         elif row["status"] == "failed" and row["run_id"] in stored:
             row["reason"] += "; the store still holds the version prepared earlier"
 
-    store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
+    manifest = store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
+    if unlisted := sorted({run["run_id"] for run in manifest["runs"]} - {run["run_id"] for run in runs}):
+        logger.warning(
+            "%s holds %d runs that are not in this source and stay in use, such as %s; where they should not be, take "
+            "their folders out of %s/runs and prepare again", folder, len(unlisted), unlisted[0], folder,
+        )  # fmt: skip
     run_report.write(rows, folder, "summary.tsv", "report.html", f"Prepared runs of {Path(folder).name}")
     counts = {status: sum(row["status"] == status for row in rows) for status in _STATUSES}
     logger.info("%s: %s", folder, ", ".join(f"{count} {status}" for status, count in counts.items()))
@@ -229,16 +234,26 @@ def _confounds_sha256(run: Run, preparation: Preparation) -> str | None:
 def _refuse_duplicates(runs: Sequence[Run], identities: Sequence[dict], stored: Mapping[str, dict]) -> None:
     """Mark every run whose id or content another run has too: which of them is right cannot be known."""
     by_id, by_content = defaultdict(list), defaultdict(list)
+    ids = {run["run_id"] for run in runs}
     for index, (run, identity) in enumerate(zip(runs, identities, strict=True)):
-        by_id[run["run_id"]].append(index)
+        by_id[run["run_id"].casefold()].append(index)  # some disks take a and A for one name
         if "problem" not in identity:
             by_content[identity["source_sha256"]].append(index)
     others = {
-        record["source_sha256"]: f"{run_id} in the store" for run_id, record in stored.items() if run_id not in by_id
+        record["source_sha256"]: f"{run_id} in the store" for run_id, record in stored.items() if run_id not in ids
     }
-    for run_id, members in by_id.items():
+    for members in by_id.values():
         for index in members if len(members) > 1 else ():
-            identities[index]["problem"] = f"{len(members)} runs have the run id {run_id}; give each its own"
+            identities[index]["problem"] = (
+                f"{len(members)} runs have the run id {runs[index]['run_id']} (capitals aside); give each its own"
+            )
+    for run, identity in zip(runs, identities, strict=True):
+        older = stored.get(run["run_id"])
+        if older and "problem" not in identity and _is_another(run, identity, older):
+            identity["problem"] = (
+                f"the store holds another {run['run_id']}, from {older['source']}, than {run['bold']}; use a store of "
+                f"its own or another run id, or take runs/{run['run_id']} out of the store if this one replaces it"
+            )
     for content, members in by_content.items():
         names = {index: f"{runs[index]['run_id']} ({runs[index]['bold']})" for index in members}
         for index in members:
@@ -246,6 +261,13 @@ def _refuse_duplicates(runs: Sequence[Run], identities: Sequence[dict], stored: 
             same += [others[content]] if content in others else []
             if same and "problem" not in identities[index]:
                 identities[index]["problem"] = f"{names[index]} has the same content as {', '.join(same)}; keep one"
+
+
+def _is_another(run: Run, identity: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether neither the content nor the place of the file is that of a stored run: likely another subject's."""
+    return record["source_sha256"] != identity["source_sha256"] and record["source"] != str(
+        Path(run["bold"]).absolute()
+    )
 
 
 def _plan(

@@ -98,14 +98,17 @@ def write_manifest(store: str | Path, parameters: dict, parameters_hash: str) ->
     Raises:
         StoreWriteError: the store cannot be written.
     """
-    manifest = {
-        "format": FORMAT,
-        "parameters": parameters,
-        "parameters_hash": parameters_hash,
-        "runs": list(read_records(store).values()),
-    }
-    write_text(Path(store) / "manifest.json", _json(manifest))
-    return manifest
+    while True:
+        records = read_records(store)
+        manifest = {
+            "format": FORMAT,
+            "parameters": parameters,
+            "parameters_hash": parameters_hash,
+            "runs": list(records.values()),
+        }
+        write_text(Path(store) / "manifest.json", _json(manifest))
+        if read_records(store) == records:  # else another process has finished a run, and may have been overwritten
+            return manifest
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from bundle.convert import convert_file
 from bundle.export import export_run
 from bundle.figures import mask_overlay
 from bundle.preflight import preflight as look_at_runs
-from bundle.prepare import Preparation, refuse_failed_rows, refuse_failures
+from bundle.prepare import Preparation, refuse_failed_rows
 from bundle.prepare import prepare as prepare_runs
 from bundle.sources import find_runs
 from bundle.splits import count_table, make_splits, save_all_splits, save_splits
@@ -109,8 +109,7 @@ def prepare(
     if dry_run:
         refuse_failed_rows(look_at_runs(runs, f"{store.rstrip('/')}-preflight", preparation, workers, scheduler))
     else:
-        prepare_runs(runs, store, preparation, workers, scheduler)
-        refuse_failures(store)
+        refuse_failed_rows(prepare_runs(runs, store, preparation, workers, scheduler)["rows"])
 
 
 def preflight(

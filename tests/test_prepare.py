@@ -147,6 +147,29 @@ def test_the_same_run_id_twice_is_refused(files):
     assert store.read_manifest(files / "store")["runs"] == []
 
 
+def test_run_ids_that_some_disks_cannot_tell_apart_are_refused(files):
+    runs = [run_of(files / "a.nii.gz", "sub-A"), run_of(files / "b.nii.gz", "sub-a"), run_of(files / "c.nii.gz")]
+    assert list(status_of(prepare(runs, files / "store")).values()) == ["failed", "failed", "prepared"]
+
+
+def test_a_subject_of_another_dataset_with_the_same_run_id_does_not_replace_the_stored_one(files):
+    prepare([run_of(files / "a.nii.gz", "sub-01", site="north")], files / "store")
+    other = run_of(files / "b.nii.gz", "sub-01", site="south")
+    summary = prepare([other], files / "store")
+    assert "the store holds another sub-01, from " in reason_of(summary, "sub-01")
+    assert store.read_run(files / "store", "sub-01")["site"] == "north"
+    moved = (files / "a.nii.gz").rename(files / "moved.nii.gz")  # the same content elsewhere is the same run
+    assert prepare([run_of(moved, "sub-01", site="north")], files / "store")["current"] == 1
+
+
+def test_runs_that_have_left_the_source_are_named(files, caplog):
+    a, b = (run_of(files / f"{name}.nii.gz", f"sub-{name}") for name in ("a", "b"))
+    prepare([a, b], files / "store")
+    assert "not in this source" not in caplog.text
+    prepare([a], files / "store")
+    assert "holds 1 runs that are not in this source and stay in use, such as sub-b" in caplog.text
+
+
 def test_failures_before_reading_are_listed_too(files):
     runs = [
         run_of(files / "absent.nii.gz", "sub-1"),

@@ -98,6 +98,11 @@ def test_bad_participants_tables_are_refused(bids, table, message):
         from_bids(bids)
 
 
+def test_an_infinite_value_is_kept_as_text_since_json_has_none(bids):
+    (bids / "participants.tsv").write_text(PARTICIPANTS.replace("9.5", "inf"))
+    assert [run["participant"]["age"] for run in from_bids(bids)] == ["inf", None]
+
+
 def test_nothing_found_is_an_error(tmp_path, bids):
     with pytest.raises(InputError, match="not a folder"):
         from_bids(tmp_path / "absent")

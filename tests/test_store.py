@@ -87,6 +87,19 @@ def test_manifest_lists_what_is_there(tmp_path):
     assert [run["run_id"] for run in manifest["runs"]] == ["sub-01", "sub-02"]
 
 
+def test_a_run_that_another_process_finishes_meanwhile_is_in_the_manifest(tmp_path, monkeypatch):
+    def slow(path, text):
+        if not (tmp_path / "runs" / "b").exists():
+            store.write_run(tmp_path, *make_run("b"))
+        write_text(path, text)
+
+    store.write_run(tmp_path, *make_run("a"))
+    write_text = store.write_text
+    monkeypatch.setattr(store, "write_text", slow)
+    store.write_manifest(tmp_path, {}, "hash")
+    assert [run["run_id"] for run in store.read_manifest(tmp_path)["runs"]] == ["a", "b"]
+
+
 def test_mixed_parameters_and_other_formats_are_refused(tmp_path):
     store.write_run(tmp_path, *make_run())
     store.write_run(tmp_path, *make_run("sub-02", parameters_hash="other"))

@@ -107,7 +107,11 @@ def with_participant(run: Run, row: dict[str, Any], labels: Labels, problem: str
     run |= {
         "site": row.get("site"),
         "diagnosis": None if row.get("diagnosis") is None else int(row["diagnosis"]),
-        "participant": {key: value for key, value in row.items() if key not in known},
+        "participant": {  # JSON has no infinity
+            key: str(value) if value in (math.inf, -math.inf) else value
+            for key, value in row.items()
+            if key not in known
+        },
     }
     if labels == "required":
         for column in ("diagnosis", "site"):

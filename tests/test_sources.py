@@ -103,6 +103,68 @@ def test_an_infinite_value_is_kept_as_text_since_json_has_none(bids):
     assert [run["participant"]["age"] for run in from_bids(bids)] == ["inf", None]
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (PARTICIPANTS + "\t\t\t\n", "no participant_id in line 4"),
+        (PARTICIPANTS.replace("\n", "\t\n").replace("\t\n", "\n", 1), "more fields than its header"),
+    ],
+)
+def test_tables_that_would_be_misread_are_refused(bids, table, message):
+    (bids / "participants.tsv").write_text(table)
+    with pytest.raises(InputError, match=message):
+        from_bids(bids)
+
+
+def test_blanks_around_a_cell_are_no_part_of_it(bids, tmp_path):
+    (bids / "participants.tsv").write_text(PARTICIPANTS.replace("sub-01\tA", "sub-01 \t A ").replace("B", "A"))
+    assert [(run["site"], run["diagnosis"]) for run in from_bids(bids)] == [("A", 1), ("A", 0)]
+    touch(tmp_path / "runs.csv", "participant_id,bold,site,diagnosis\nsub-01,a.nii,A,0\nsub-01 ,b.nii,A ,0\n")
+    assert {(run["participant_id"], run["site"]) for run in from_table(tmp_path / "runs.csv")} == {("sub-01", "A")}
+
+
+def test_a_misspelt_choice_of_labels_is_refused(bids):
+    with pytest.raises(InputError, match="labels must be required or optional, not 'requird'"):
+        find_runs(bids, labels="requird")
+
+
+def test_linked_subjects_are_found_and_hidden_folders_are_not(bids, tmp_path):
+    touch(bids / ".git/annex/MD5E.nii.gz")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("participants.tsv", "sub-01", "sub-02"):
+        (linked / name).symlink_to(bids / name)
+    assert [run["run_id"] for run in find_runs(linked)] == [run["run_id"] for run in from_bids(bids)]
+    (linked / "sub-02").unlink()
+    (linked / ".git").symlink_to(bids / ".git")
+    assert [run["run_id"] for run in find_runs(linked, layout="files")] == ["sub-01_task-rest_run-1"]
+
+
+def test_subjects_that_bids_cannot_name_are_not_taken_for_one(bids):
+    for subject in ("S_01", "S_02"):
+        touch(bids / f"sub-{subject}/func/sub-{subject}_task-{subject[-1]}{NAME}")
+    with pytest.raises(InputError, match=r"does not say its subject as BIDS does .* its folder sub-S_01"):
+        from_bids(bids, labels="optional")
+
+
+def test_every_layout_finds_what_fmriprep_wrote_beside_a_run(bids):
+    folder = bids / "sub-01/func"
+    mask = next(folder.glob("*_desc-brain_mask.nii.gz")).rename(folder / f"m{NAME}")
+    mask = mask.rename(folder / f"sub-01_task-rest_run-1{NAME.replace('preproc_bold.nii.gz', 'brain_mask.nii')}")
+    confounds = touch(folder / "sub-01_task-rest_run-1_desc-confounds_timeseries.tsv")
+    rows = f"participant_id\tbold\tsite\tdiagnosis\nsub-01\t{folder}/sub-01_task-rest_run-1{NAME}\tA\t1\n"
+    for source in (bids, f"{bids}/**/*_space-MNI*_desc-preproc_bold.nii.gz", touch(bids / "runs.tsv", rows)):
+        run = find_runs(source)[0]
+        assert (run["mask"], run["confounds"]) == (mask, confounds)
+
+
+def test_files_without_a_subject_are_named_since_siblings_would_be_split(tmp_path, caplog):
+    for name in ("one/rest1.nii", "one/rest2.nii"):
+        touch(tmp_path / name)
+    find_runs(tmp_path, labels="optional")
+    assert "2 files, such as one_rest1, name no subject" in caplog.text
+
+
 def test_nothing_found_is_an_error(tmp_path, bids):
     with pytest.raises(InputError, match="not a folder"):
         from_bids(tmp_path / "absent")

@@ -17,6 +17,7 @@ from bundle.sources.participants import (
     CONTROL,
     Labels,
     Run,
+    files_below,
     refuse_repeats,
     with_participant,
 )
@@ -96,7 +97,7 @@ def from_nilearn_adhd(
     Raises:
         InputError: the table cannot be used.
     """
-    given = participants or next(iter(sorted(root.rglob(NILEARN_TABLE))), None)
+    given = participants or next((path for path in files_below(root) if path.name == NILEARN_TABLE), None)
     if given is None and labels == "required":
         raise InputError(f"{root} holds no {NILEARN_TABLE}; give the table, or labels=optional")
     table = {} if given is None else _nilearn_table(Path(given))
@@ -121,7 +122,7 @@ def _with_phenotype(run: Run, row: dict[str, Any] | None, labels: Labels) -> Run
 
 def _phenotypes(root: Path, given: str | Path | None, labels: Labels) -> dict[str, dict[str, Any]]:
     """Phenotypes by seven-digit id; a subject in several tables must be the same in all."""
-    places = [*root.rglob("*"), *root.resolve().parent.glob("*")]
+    places = [*files_below(root), *root.resolve().parent.glob("*")]
     tables = [Path(given)] if given is not None else [p for p in sorted(set(places)) if p.suffix in (".csv", ".tsv")]
     by_id: dict[str, dict[str, Any]] = {}
     for path in tables:

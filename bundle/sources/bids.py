@@ -1,6 +1,5 @@
 """BIDS derivatives, as fMRIPrep writes them."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,15 @@ from nilearn.interfaces.bids import get_bids_files
 
 from bundle.bold import entities
 from bundle.errors import InputError
-from bundle.sources.participants import Labels, Run, find_participants, refuse_repeats, run_id_of, with_participant
+from bundle.sources.participants import (
+    Labels,
+    Run,
+    beside,
+    find_participants,
+    refuse_repeats,
+    run_id_of,
+    with_participant,
+)
 
 
 def from_bids(
@@ -58,15 +65,18 @@ def _is_preprocessed_mni(path: Path) -> bool:
 
 def _run(path: Path, participants: dict[str, dict[str, Any]], labels: Labels) -> Run:
     parts = entities(path)
-    mask = path.with_name(re.sub(r"_desc-preproc_bold\.nii(\.gz)?$", r"_desc-brain_mask.nii\1", path.name))
-    confounds = path.with_name(f"{run_id_of(path)}_desc-confounds_timeseries.tsv")
+    folder = next(part for part in reversed(path.parts[:-1]) if part.startswith("sub-"))
+    if f"sub-{parts.get('sub')}" != folder:
+        raise InputError(
+            f"{path} does not say its subject as BIDS does (sub-, letters and digits, as its folder {folder}); rename "
+            "it, or list the runs in a table"
+        )
     row = participants.get(parts["sub"])
     run = {
         "run_id": run_id_of(path),
         "participant_id": f"sub-{parts['sub']}",
         "bold": path,
-        "mask": mask if mask.is_file() else None,
-        "confounds": confounds if confounds.is_file() else None,
+        **beside(path),
         "tr": None,
         "space": None,
     }

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bundle.bold import entities, stem
-from bundle.sources.participants import Labels, Run, find_participants, refuse_repeats, run_id_of, with_participant
+from bundle.sources.participants import (
+    Labels,
+    Run,
+    beside,
+    find_participants,
+    refuse_repeats,
+    run_id_of,
+    with_participant,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +24,8 @@ def from_files(
 ) -> list[Run]:
     """List NIfTI files as runs, one participant per BIDS sub entity, else per file.
 
-    Files whose names say that they are masks, labels or references are left out, and their number is logged.
+    Files whose names say that they are masks, labels or references are left out, and their number is logged. The
+    brain mask and the confounds that fMRIPrep has written beside a run are used.
 
     Args:
         paths: the files.
@@ -42,11 +51,16 @@ def from_files(
         participant = f"sub-{entities(path)['sub']}" if named else run_id
         row = table.get(participant.removeprefix("sub-"))
         run = {
-            "run_id": run_id, "participant_id": participant, "bold": path, "mask": None, "confounds": None,
-            "tr": None, "space": None,
+            "run_id": run_id, "participant_id": participant, "bold": path, **beside(path), "tr": None,
+            "space": None,
         }  # fmt: skip
         problem = None if row is not None else f"{participant} has no row in the participants' table"
         runs.append(with_participant(run, row or {}, labels, problem))
+    if unnamed := [run["run_id"] for run in runs if run["run_id"] == run["participant_id"]]:
+        logger.warning(
+            "%s: %d files, such as %s, name no subject (sub-...), so each is taken as a participant of its own; runs "
+            "of one subject would end up in several sets: list these in a table", root, len(unnamed), unnamed[0],
+        )  # fmt: skip
     return refuse_repeats(runs, root)
 
 

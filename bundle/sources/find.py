@@ -4,12 +4,13 @@ import glob
 import logging
 import re
 from pathlib import Path
+from typing import get_args
 
 from bundle.errors import InputError
 from bundle.sources.adhd200 import ATHENA, NILEARN, from_adhd200, from_nilearn_adhd
 from bundle.sources.bids import bold_files, from_bids
 from bundle.sources.files import from_files
-from bundle.sources.participants import Labels, Run
+from bundle.sources.participants import Labels, Run, files_below
 from bundle.sources.table import from_table
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ def find_runs(
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
+    if labels not in get_args(Labels):
+        raise InputError(f"labels must be {' or '.join(get_args(Labels))}, not {labels!r}")
     paths, root = _files(source)
     if layout == "auto":
         layout = _layout_of(paths, root, source)
@@ -74,8 +77,7 @@ def _files(source: str | Path) -> tuple[list[Path], Path]:
     """The NIfTI files of a source and the folder that they were looked for in."""
     path = Path(source)
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.name.endswith(_NIFTI)]
-        return sorted(found), path
+        return [file for file in files_below(path) if file.name.endswith(_NIFTI)], path
     if path.is_file():
         return ([path] if path.name.endswith(_NIFTI) else []), path.parent
     if not glob.has_magic(str(source)):

@@ -1,5 +1,6 @@
-"""Participants' tables: reading, diagnoses and labels, shared by every layout."""
+"""Participants' tables, labels, and what lies beside a run: shared by every layout."""
 
+import glob
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from bundle.bold import entities
+from bundle.bold import entities, stem
 from bundle.errors import InputError
 
 Run = dict[str, Any]
@@ -36,6 +37,23 @@ def run_id_of(path: Path) -> str:
     return "_".join(f"{key}-{value}" for key, value in kept.items())
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Everything below a folder, sorted; linked folders are followed, hidden ones (.git) are not."""
+    return sorted(Path(name) for name in glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))  # noqa: PTH207
+
+
+def beside(bold: Path) -> dict[str, Path | None]:
+    """The brain mask and the confounds that fMRIPrep has written beside a run, None where there are none."""
+    preprocessed = stem(bold).removesuffix("_desc-preproc_bold")
+    named = preprocessed != stem(bold)
+    masks = [bold.with_name(f"{preprocessed}_desc-brain_mask{ending}") for ending in (".nii.gz", ".nii")]
+    confounds = bold.with_name(f"{run_id_of(bold)}_desc-confounds_timeseries.tsv")
+    return {
+        "mask": next((mask for mask in masks if mask.is_file()), None) if named else None,
+        "confounds": confounds if named and confounds.is_file() else None,
+    }
+
+
 def read_participants(path: Path, labels: Labels) -> dict[str, dict[str, Any]]:
     """Read participants.tsv (or .csv): rows by participant_id without "sub-".
 
@@ -44,7 +62,9 @@ def read_participants(path: Path, labels: Labels) -> dict[str, dict[str, Any]]:
     """
     rows = read_table(path, ["participant_id", *(("site", "diagnosis") if labels == "required" else ())])
     by_id: dict[str, dict[str, Any]] = {}
-    for row in records(rows):
+    for number, row in enumerate(records(rows), start=2):
+        if row["participant_id"] is None:
+            raise InputError(f"{path} has no participant_id in line {number}; fill it in, or remove the line")
         key = row["participant_id"].removeprefix("sub-")
         if key in by_id:
             raise InputError(f"{path} has more than one row for {row['participant_id']}; keep one")
@@ -85,6 +105,10 @@ def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
         raise InputError(f"{path} has no column {' or '.join(missing)}; its columns are {', '.join(rows)}")
     if rows.empty:
         raise InputError(f"{path} has no rows; add the participants")
+    if not isinstance(rows.index, pd.RangeIndex):  # pandas then takes the first column for an index
+        raise InputError(f"{path} has rows with more fields than its header; remove the separator at their ends")
+    for column in rows.columns.intersection(TEXT_COLUMNS):
+        rows[column] = rows[column].str.strip()  # "sub-01 " and "sub-01", or "A " and "A", are one
     rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, "site", "diagnosis"])))
     # 1.0 is how pandas writes whole numbers beside gaps
     texts = rows["diagnosis"].astype(str).str.strip().str.lower().str.removesuffix(".0").mask(rows["diagnosis"].isna())

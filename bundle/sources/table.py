@@ -6,7 +6,7 @@ from typing import Any
 
 from bundle.bold import entities, stem
 from bundle.errors import InputError
-from bundle.sources.participants import Labels, Run, read_table, records, run_id_of, with_participant
+from bundle.sources.participants import Labels, Run, beside, read_table, records, run_id_of, with_participant
 
 
 def from_table(table: str | Path, labels: Labels = "required") -> list[Run]:
@@ -15,7 +15,7 @@ def from_table(table: str | Path, labels: Labels = "required") -> list[Run]:
     Args:
         table: .csv or .tsv with the columns participant_id and bold, and optionally mask, confounds, tr (seconds),
             space, site, diagnosis and run_id; further columns go with the participant. Relative paths are relative
-            to the table.
+            to the table; where it gives no mask or confounds, fMRIPrep's beside the run are used.
         labels: see `from_bids`.
 
     Returns:
@@ -50,12 +50,13 @@ def _run(row: dict[str, Any], number: int, table: Path, labels: Labels) -> Run:
     tr = row.get("tr")
     if tr is not None and not isinstance(tr, int | float):
         raise InputError(f"{table} has the TR {tr!r} in line {number}; give seconds")
+    given = {column: table.parent / row[column] for column in ("mask", "confounds") if row.get(column)}
     run = {
         "run_id": run_id,
         "participant_id": row["participant_id"],
         "bold": bold,
-        "mask": table.parent / row["mask"] if row.get("mask") else None,
-        "confounds": table.parent / row["confounds"] if row.get("confounds") else None,
+        **beside(bold),
+        **given,
         "tr": tr,
         "space": row.get("space"),
     }

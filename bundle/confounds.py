@@ -103,12 +103,15 @@ def clean_frames(
     for start in range(0, frames.shape[1], _VOXELS_AT_ONCE):
         part = frames[:, start : start + _VOXELS_AT_ONCE]
         mean = part[kept].mean(axis=0, dtype=np.float64)
-        cleaned = clean(
-            part - mean, detrend=False, standardize=False, confounds=regressors, t_r=tr, ensure_finite=False,
-            filter="butterworth" if cleaning.high_pass or cleaning.low_pass else False,
-            high_pass=cleaning.high_pass, low_pass=cleaning.low_pass,
-            sample_mask=at if censored else None, extrapolate=False,
-        )  # fmt: skip
+        try:
+            cleaned = clean(
+                part - mean, detrend=False, standardize=False, confounds=regressors, t_r=tr, ensure_finite=False,
+                filter="butterworth" if cleaning.high_pass or cleaning.low_pass else False,
+                high_pass=cleaning.high_pass, low_pass=cleaning.low_pass,
+                sample_mask=at if censored else None, extrapolate=False,
+            )  # fmt: skip
+        except ValueError as error:  # a run too short for the filter
+            raise InputError(f"{bold} cannot be cleaned ({' '.join(str(error).split())}); exclude the run") from error
         cleaned = (cleaned - cleaned.mean(axis=0) + mean).astype(np.float32)
         part[:] = cleaned[below] * (1 - share) + cleaned[above] * share
     names = [] if regressors is None else [str(name) for name in regressors.columns]
@@ -129,7 +132,10 @@ def framewise_displacement(motion: pd.DataFrame, source: object) -> NDArray[np.f
         InputError: the columns are not there.
     """
     if "framewise_displacement" in motion:
-        return motion["framewise_displacement"].fillna(0).to_numpy(np.float64)
+        moved = pd.to_numeric(motion["framewise_displacement"], errors="coerce")
+        if moved[1:].isna().any():
+            raise InputError(f"{source} has a framewise_displacement that is not a number; repair it")
+        return moved.fillna(0).to_numpy(np.float64)
     missing = [name for name in (*_TRANSLATIONS, *_ROTATIONS) if name not in motion]
     if missing:
         raise InputError(f"{source} has no framewise_displacement and no {', '.join(missing)}; scrubbing needs them")
@@ -145,8 +151,7 @@ def _regressors(
     if not cleaning.confounds:
         return None, kept
     if tuple(cleaning.confounds) == (TABLE,):
-        values = _read(table, bold, frames).select_dtypes("number").bfill()  # fMRIPrep's derivatives begin with n/a
-        return _fitting(values, frames, bold), kept
+        return _usable(_read(table, bold, frames), bold), kept
     try:
         values, sample_mask = load_confounds(str(bold), strategy=tuple(cleaning.confounds), demean=True)
     except (ValueError, OSError) as error:
@@ -154,7 +159,25 @@ def _regressors(
     if sample_mask is not None:
         kept[:] = False
         kept[sample_mask] = True
-    return _fitting(values, frames, bold), kept
+    return _usable(_fitting(values, frames, bold), bold), kept
+
+
+def _usable(values: pd.DataFrame, bold: Path) -> pd.DataFrame:
+    """Confounds as numbers, their first row, where fMRIPrep's derivatives are n/a, filled with the second."""
+    numbers = values.apply(pd.to_numeric, errors="coerce")
+    numbers.iloc[0] = numbers.iloc[0].fillna(numbers.iloc[min(1, len(numbers) - 1)])
+    odd = [str(name) for name in numbers if not np.isfinite(numbers[name]).all()]
+    if odd:
+        raise InputError(
+            f"the confounds of {bold} have values that are not numbers, in {', '.join(odd[:5])}; repair these columns "
+            "or leave them out"
+        )
+    if numbers.shape[1] >= len(numbers):
+        raise InputError(
+            f"{bold} has {len(numbers)} frames and {numbers.shape[1]} confounds, which leave nothing of its signal; "
+            "give fewer confounds"
+        )
+    return numbers
 
 
 def _read(table: str | Path | None, bold: Path, frames: int) -> pd.DataFrame:

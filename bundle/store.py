@@ -223,7 +223,7 @@ def read_clip(store: str | Path, run_id: str, start: int, frames: int) -> NDArra
         InputError: no such run, or the run has no such frames.
     """
     rows = _open_array(_folder(store, run_id), "frames.npy")
-    if not 0 <= start <= len(rows) - frames:
+    if frames < 1 or not 0 <= start <= len(rows) - frames:
         raise InputError(
             f"run {run_id} in {store} has {len(rows)} frames, so no clip of {frames} begins at frame {start}"
         )

@@ -115,13 +115,27 @@ def test_fmriprep_confounds_by_strategy_and_the_record(tmp_path):
         (Cleaning(max_fd=0.5), "other.csv", "no framewise_displacement and no trans_x"),
         (Cleaning(("motion",)), None, "no usable fMRIPrep confounds"),
         (Cleaning(low_pass=0.3), None, "below 0.25 Hz"),
+        (Cleaning(("table",)), "text.csv", "not numbers, in b; repair"),
+        (Cleaning(("table",)), "gap.csv", "not numbers, in b; repair"),
+        (Cleaning(("table",)), "many.csv", "100 frames and 100 confounds, which leave nothing"),
+        (Cleaning(max_fd=0.5), "fd.csv", "framewise_displacement that is not a number"),
     ],
 )
 def test_confounds_that_do_not_fit_are_said(tmp_path, cleaning, name, words):
     pd.DataFrame({"a": [1, 2, 3]}).to_csv(tmp_path / "short.csv", index=False)
     pd.DataFrame({"a": range(FRAMES)}).to_csv(tmp_path / "other.csv", index=False)
+    some = [None, *range(FRAMES - 1)]
+    pd.DataFrame({"a": some, "b": [*some[:50], "x", *some[51:]]}).to_csv(tmp_path / "text.csv", index=False)
+    pd.DataFrame({"a": some, "b": [*some[:50], None, *some[51:]]}).to_csv(tmp_path / "gap.csv", index=False)
+    pd.DataFrame(np.eye(FRAMES)).to_csv(tmp_path / "many.csv", index=False)
+    pd.DataFrame({"framewise_displacement": [*some[:50], None, *some[51:]]}).to_csv(tmp_path / "fd.csv", index=False)
     with pytest.raises(InputError, match=words):
         clean(signals(), cleaning, name and tmp_path / name, tmp_path / "sub-01_desc-preproc_bold.nii.gz")
+
+
+def test_a_run_too_short_for_the_filter_is_said(tmp_path):
+    with pytest.raises(InputError, match=r"cannot be cleaned .*padlen"):
+        clean_frames(signals()[:12], TR, Cleaning(high_pass=0.01), tmp_path / "run.nii", None)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_clip_reads_only_its_frames(tmp_path):
     assert touched < z.nbytes / 4
 
 
-@pytest.mark.parametrize(("start", "frames"), [(-1, 20), (31, 20), (0, 51)])
+@pytest.mark.parametrize(("start", "frames"), [(-1, 20), (31, 20), (0, 51), (0, 0), (0, -5)])
 def test_frames_that_are_not_there_are_refused(tmp_path, start, frames):
     store.write_run(tmp_path, *make_run())
     with pytest.raises(InputError, match="has 50 frames"):

@@ -1,6 +1,7 @@
 """The command line: one sentence and a status that is not 0 for bad input; TSV for machines."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -75,6 +76,10 @@ def test_prepare_goes_on_past_a_bad_run_and_exits_with_1(tmp_path: Path):
         (["splits", "nowhere"], "nowhere"),
         (["release", "none.pt"], "none.pt"),
         (["convert", "none.pt", "out.pt"], "none.pt"),
+        (["prepare", "20240101", "store"], "20240101 does not exist"),
+        (["splits", "nowhere", "--folds", "x"], "--folds must be a number, not 'x'"),
+        (["prepare", "nowhere", "store", "--high_pass", "0,01"], "--high_pass must be a number, not '0,01'"),
+        (["overlay", "nowhere", "0010001", "mask.png"], "nowhere holds no run 0010001"),
     ],
 )
 def test_bad_input_is_one_sentence_that_names_it(tmp_path: Path, arguments: list[str], words: str):
@@ -98,6 +103,17 @@ def test_splits_writes_the_file_and_prints_counts(store: Path, tmp_path: Path, c
     assert table["participants"].sum() == 12
     assert set(table["set"]) == {"train", "validation", "test"}
     assert (tmp_path / "s.json").is_file()
+
+
+def test_a_site_whose_name_is_a_number_can_be_left_out(tmp_path: Path):
+    rows = [
+        {"run_id": f"{i}", "participant_id": f"{i}", "site": f"{i % 2}", "diagnosis": i // 2 % 2, "parameters_hash": ""}
+        for i in range(24)
+    ]
+    manifest = {"format": 1, "parameters": {}, "parameters_hash": "", "runs": rows}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert scripts("splits", ".", "--folds", "3", "--test_site", "1", folder=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "splits.json").read_text())["test_site"] == "1"
 
 
 def test_overlay_draws_the_mask_over_the_mean_in_original_units(store: Path, tmp_path: Path):

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 PARTICIPANT_COLUMNS = ("participant_id", "site", "diagnosis", "participant")
 GOOD_OVERLAP = 0.8  # less of the MNI152 brain mask is worth a look
+LARGE_BRAIN = 1.5  # and so is a brain mask of this many times its volume
 _STATUSES = ("prepared", "updated", "current", "excluded", "failed")
 _PACKAGES = ("numpy", "scipy", "nibabel", "nilearn", "monai", "torch")
 
@@ -380,6 +381,9 @@ def _warnings(record: Mapping[str, Any], preparation: Preparation) -> list[str]:
     found = [low_coverage(record, preparation)]
     if record["mni_overlap"] < GOOD_OVERLAP:
         found.append(f"only {record['mni_overlap']:.0%} of the MNI brain is covered")
+    times = record["voxels"] / int(grid.mni_brain().sum())
+    if times > LARGE_BRAIN:
+        found.append(f"its brain mask has {times:.1f} times the volume of the MNI brain; give one without background")
     missing = [name for name in ("site", "diagnosis") if record[name] is None]
     if missing:
         found.append(f"no {' and no '.join(missing)}")

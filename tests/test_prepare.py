@@ -170,6 +170,13 @@ def test_runs_that_have_left_the_source_are_named(files, caplog):
     assert "holds 1 runs that are not in this source and stay in use, such as sub-b" in caplog.text
 
 
+def test_a_mask_that_takes_the_background_for_brain_is_said(files):
+    everything = save_mask(files / "mask.nii.gz", np.ones(coarse_brain().shape, bool))
+    summary = prepare([run_of(files / "a.nii.gz", "sub-a", mask=everything)], files / "store")
+    assert "its brain mask has 3.8 times the volume of the MNI brain" in summary["rows"][0]["warnings"]
+    assert prepare([run_of(files / "a.nii.gz", "sub-a")], files / "store")["rows"][0]["warnings"] == ""
+
+
 def test_failures_before_reading_are_listed_too(files):
     runs = [
         run_of(files / "absent.nii.gz", "sub-1"),

@@ -13,6 +13,8 @@ from scripts.commands import convert, export, overlay, preflight, prepare, regio
 from scripts.demo import demo
 from scripts.experiments import report, sweep, truth
 
+fire.decorators.FIRE_METADATA = "_read_as"  # where Fire keeps parsers on a command: a name that --help does not list
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "synthesize": synthesize,

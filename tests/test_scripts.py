@@ -105,6 +105,11 @@ def test_splits_writes_the_file_and_prints_counts(store: Path, tmp_path: Path, c
     assert (tmp_path / "s.json").is_file()
 
 
+def test_help_lists_what_a_command_takes_and_nothing_else(tmp_path: Path):
+    done = scripts("splits", "--help", folder=tmp_path)
+    assert "scripts splits STORE <flags>" in done.stderr + done.stdout
+
+
 def test_a_site_whose_name_is_a_number_can_be_left_out(tmp_path: Path):
     rows = [
         {"run_id": f"{i}", "participant_id": f"{i}", "site": f"{i % 2}", "diagnosis": i // 2 % 2, "parameters_hash": ""}

@@ -16,6 +16,7 @@ from torch import nn
 from bundle.errors import InputError
 from bundle.splits import load_splits
 from bundle.store import file_sha256, read_manifest, write_json
+from bundle.transforms import mask_kind
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,11 @@ class Provenance:
 def training_provenance(
     store: str | Path, splits_file: str | Path, network: Mapping[str, Any], **settings: Any
 ) -> Provenance:
-    """Facts of a training run: hashes of the store's preparation and of the split, network sizes, settings."""
+    """Facts of a training run: the store's preparation and brain masks, the split, network sizes, settings."""
+    manifest = read_manifest(store)
     return Provenance(
-        preparation=read_manifest(store)["parameters_hash"],
+        preparation=manifest["parameters_hash"],
+        brain_masks=sorted({mask_kind(run) for run in manifest["runs"]}),
         splits=load_splits(splits_file)["sha256"],
         network=dict(network),
         **settings,

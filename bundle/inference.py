@@ -18,7 +18,7 @@ from bundle.prepare import Preparation, prepare, refuse_failed_rows
 from bundle.run import ROOT
 from bundle.sources import find_runs
 from bundle.store import read_manifest, write_text
-from bundle.transforms import clips
+from bundle.transforms import clips, mask_kind
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,10 @@ COLUMNS = {
     "logit": "of the classifier (log odds of being a case), mean over the participant's clips",
     "clips": "number of clips that were averaged",
 }
+OTHER_MASK = (
+    "the runs that the model was trained on have brain masks of another origin (given, or found in the run), so that "
+    "z-scores, and hence the probability, differ; give a mask where they had one"
+)
 
 
 def remove_earlier(output_dir: str | Path) -> None:
@@ -77,7 +81,8 @@ class Predictions:
     """Evaluator's handler: average the logits of each participant's clips, and write them.
 
     ``predictions.tsv`` has a row per participant (see `COLUMNS`). ``predictions.json`` says beside it what the columns
-    are, which runs could not be used and why, and what the model and the software are, with the model's hash.
+    are, which runs could not be used or are doubtful, and why, and what the model and the software are, with the
+    model's hash.
 
     Args:
         output_dir: folder of both files.
@@ -115,15 +120,22 @@ class Predictions:
         table.insert(1, "probability", expit(table["logit"]))
         path = self.output_dir / "predictions.tsv"
         rows = pd.read_csv(self.store / "summary.tsv", sep="\t", keep_default_na=False).to_dict("records")
+        model = json.loads(self.record.read_text())
+        scored = {row["run_id"] for row in rows if row["status"] not in REFUSED}
+        kinds = {run["run_id"]: mask_kind(run) for run in read_manifest(self.store)["runs"] if run["run_id"] in scored}
+        warnings = {name: OTHER_MASK for name, kind in kinds.items() if kind not in model["brain_masks"]}
         metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
         about = {
             "columns": COLUMNS,
             "intended_use": metadata["intended_use"],
             "refused_runs": {row["run_id"]: row["reason"] for row in rows if row["status"] in REFUSED},
-            "model": json.loads(self.record.read_text()),
+            "warnings": warnings,
+            "model": model,
             "versions": {metadata["name"]: metadata["version"]} | {name: version(name) for name in PACKAGES},
         }
         write_text(path, table.to_csv(sep="\t", index=False))
         write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+        for name, warning in warnings.items():
+            logger.warning("%s: %s", name, warning)
         logger.info("Wrote the scores of %d participants to %s", len(table), path)
         refuse_failed_rows(rows)

@@ -28,6 +28,11 @@ CONSTANT = "voxels constant over time"
 Item = dict[Hashable, Any]
 
 
+def mask_kind(record: Mapping[str, Any]) -> str:
+    """Say of a prepared run's record whose brain mask its z-scores rest on: "given", or `CONSTANT`'s."""
+    return CONSTANT if record["mask_source"] == CONSTANT else "given"
+
+
 class LoadBOLDd(MapTransform):
     """Open a 4D NIfTI file by its path: `item[key]` becomes a `bold.Bold`, checked but not loaded.
 

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from bundle.networks import mamba, scan, swin_mamba
+from bundle.networks import compiled, mamba, scan, swin_mamba
 from bundle.networks.scan import selective_scan_loop
 
 GIB = 2**30
@@ -111,6 +111,13 @@ def scan_with(chosen: Callable[..., torch.Tensor]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def compiled_scan(library: ctypes.CDLL | None) -> Iterator[None]:
+    """Within, `selective_scan` walks in the given library (`compiled.library()`), or in plain PyTorch for None."""
+    with mock.patch.object(compiled, "library", return_value=library):
+        yield
+
+
 def lean_loop(*arguments: torch.Tensor) -> torch.Tensor:
     """The textbook loop under plain autograd."""
     *tensors, _ = arguments  # the last is `kept`
@@ -134,13 +141,13 @@ def published_loop(*arguments: torch.Tensor) -> torch.Tensor:
 
 
 class ScanTimer:
-    """Within, adds up the time spent in the plain scan, forward and backward, as networks call it."""
+    """Within, adds up the time spent in `selective_scan`, forward and backward, as networks call it."""
 
     def __enter__(self) -> Self:
         self.seconds = 0.0
         self._patches = [
-            mock.patch.object(scan, "_walk", self._timed(scan._walk)),
-            mock.patch.object(scan._SelectiveScan, "backward", self._timed(scan._SelectiveScan.backward)),
+            mock.patch.object(scan._SelectiveScan, way, self._timed(getattr(scan._SelectiveScan, way)))
+            for way in ("forward", "backward")
         ]
         for patch in self._patches:
             patch.start()

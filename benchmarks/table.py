@@ -1,5 +1,6 @@
 """The table of `python -m benchmarks`: ours beside the plain reference loop, in one process."""
 
+import ctypes
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from benchmarks.measure import (
     GIB,
     Measurement,
     ScanTimer,
+    compiled_scan,
     lean_loop,
     machine,
     markdown,
@@ -33,6 +35,7 @@ from benchmarks.measure import (
     scan_with,
     seconds_text,
 )
+from bundle.networks import compiled as in_c
 from bundle.networks.classifier import Classifier
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.networks.scan import selective_scan
@@ -60,7 +63,9 @@ def row(name: str, ours: Measurement, loops: Sequence[Measurement] = ()) -> list
 
 
 def table(quick: bool = False, loop: bool = True, repeats: int = 5, compiled: bool = False) -> str:
-    """Measure everything on the CPU.
+    """Measure everything on the CPU, in plain PyTorch.
+
+    Where the compiled scan is installed, rows of its own stand below those that it changes.
 
     Args:
         quick: tiny networks, to see that it works; the figures mean nothing.
@@ -70,11 +75,14 @@ def table(quick: bool = False, loop: bool = True, repeats: int = 5, compiled: bo
         compiled: also torch.compile, which needs a C++ compiler and about two minutes.
     """
     size = QUICK if quick else FULL
-    lines = [machine(), "", "| " + " | ".join(HEADER) + " |", markdown(HEADER, []).splitlines()[1]]
+    library = in_c.library()
+    scans = "plain PyTorch" if library is None else 'plain PyTorch, or C in rows marked "compiled scan"'
+    lines = [f"{machine()} Scan: {scans}.", "", "| " + " | ".join(HEADER) + " |", markdown(HEADER, []).splitlines()[1]]
     say("\n".join(lines))
-    for cells in _rows(size, loop, repeats, quick, compiled):
-        lines.append("| " + " | ".join(cells) + " |")
-        say(lines[-1])
+    with compiled_scan(None):
+        for cells in _rows(size, loop, repeats, quick, compiled, library):
+            lines.append("| " + " | ".join(cells) + " |")
+            say(lines[-1])
     return "\n".join(lines)
 
 
@@ -87,21 +95,36 @@ def _compare(name: str, run: Callable[[], object], repeats: int, loop: bool) -> 
     return row(name, ours, loops)
 
 
-def _rows(size: dict, loop: bool, repeats: int, quick: bool, compiled: bool) -> Iterator[list[str]]:
+def _compiled_row(name: str, run: Callable[[], object], repeats: int, library: ctypes.CDLL | None) -> list[list[str]]:
+    """The same with the compiled scan, where there is one."""
+    if library is None:
+        return []
+    with compiled_scan(library):
+        return [row(f"{name}, compiled scan", measure(run, repeats))]
+
+
+def _rows(
+    size: dict, loop: bool, repeats: int, quick: bool, compiled: bool, library: ctypes.CDLL | None
+) -> Iterator[list[str]]:
     torch.manual_seed(0)
     encoder = SwinMambaEncoder(**size)
-    yield from _scan_rows(encoder, repeats, loop)
+    yield from _scan_rows(encoder, repeats, loop, library)
     block, tokens = stage_block(stages(encoder)[0])
     yield _compare("block of stage 1, forward + backward", forward_backward(block, tokens), repeats, loop)
     image, _ = clip(encoder)
     inference = torch.no_grad()(encoder.forward)
     yield _compare("encoder, forward", lambda: inference(image), repeats, loop)
+    yield from _compiled_row("encoder, forward", lambda: inference(image), repeats, library)
     yield _compare("encoder, forward, kept for a backward pass", partial(encoder, image), repeats, loop)
     yield _compare("encoder, forward + backward", forward_backward(encoder, image), repeats, loop)
     del block, tokens
     step = training_step(MaskedAutoencoder(**size))
     yield _compare("MAE training step", step, repeats, loop)
     yield _share_row(step, repeats)
+    for cells in _compiled_row("MAE training step", step, repeats, library):
+        yield cells
+        with compiled_scan(library):
+            yield _share_row(step, repeats)
     for name, option in (("checkpointing", "checkpointing"), ("background skipped", "skip_background")):
         network = MaskedAutoencoder(**size | {option: True})
         yield row(f"MAE training step, {name}", measure(training_step(network), repeats))
@@ -111,7 +134,7 @@ def _rows(size: dict, loop: bool, repeats: int, quick: bool, compiled: bool) -> 
     yield from _loading_rows(quick, repeats)
 
 
-def _scan_rows(encoder: SwinMambaEncoder, repeats: int, loop: bool) -> Iterator[list[str]]:
+def _scan_rows(encoder: SwinMambaEncoder, repeats: int, loop: bool, library: ctypes.CDLL | None) -> Iterator[list[str]]:
     for number, stage in enumerate(stages(encoder), 1):
         tensors = scan_arguments(stage.windows, stage.volume, stage.channels)
         shape = f"{stage.windows} windows, {stage.volume} tokens, {2 * stage.channels} channels"
@@ -126,7 +149,9 @@ def _scan_rows(encoder: SwinMambaEncoder, repeats: int, loop: bool) -> Iterator[
         for name, run in (("forward", forward), ("forward + backward", both)):
             ours = measure(partial(run, selective_scan), repeats)
             loops = [measure(partial(run, scan), 1, warmup=0) for scan in (LOOPS if loop else ())]
-            yield row(f"scan of stage {number} ({shape}), {name}", ours, loops)
+            case = f"scan of stage {number} ({shape}), {name}"
+            yield row(case, ours, loops)
+            yield from _compiled_row(case, partial(run, selective_scan), repeats, library)
 
 
 def _share_row(step: Callable[[], object], repeats: int) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from ignite.utils import manual_seed
 from small_runs import coarse_brain, coarse_signal, save_bold, save_mask
 
+from bundle.networks import compiled
 from bundle.prepare import prepare
 from bundle.sources import find_runs
 from bundle.splits import make_splits, save_splits
@@ -26,6 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 def _seed() -> None:
     """A test that fails fails in every run: weights drawn in a test do not depend on what ran before it."""
     manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _plain_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests see the plain scan also where the compiled one is installed; test_compiled_scan.py builds its own."""
+    monkeypatch.setattr(compiled, "library", lambda: None)
 
 
 @pytest.fixture(scope="session")

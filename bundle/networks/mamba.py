@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from bundle.networks import compiled
 from bundle.networks.scan import selective_scan
 
 logger = logging.getLogger(__name__)
@@ -92,10 +93,12 @@ class _CausalConv(torch.autograd.Function):
 def scan_for(device: str) -> Scan:
     """Choose the selective scan for a type of device ("cpu", "cuda", ...), once, and say which one runs.
 
-    mamba-ssm's fused kernel is used on CUDA where the package can be imported, else `selective_scan`.
+    mamba-ssm's fused kernel is used on CUDA where the package can be imported, else `selective_scan`, which on a CPU
+    walks in C where that is installed (`bundle.networks.compiled`).
     """
     if device != "cuda":
-        logger.info("selective scan: plain PyTorch on %s", device)
+        way = "compiled C" if device == "cpu" and compiled.library() is not None else "plain PyTorch"
+        logger.info("selective scan: %s on %s", way, device)
         return selective_scan
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn

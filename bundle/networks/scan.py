@@ -8,22 +8,26 @@ code):
 
 Storing every h[t] needs N times the memory of the input, and working in log space with cumulative sums
 overflows. So the tokens are walked in order, `CHUNK` at a time, for a tile of sequences whose states fit into
-the cache. Only the state at the start of each chunk is kept; the backward pass recomputes the rest.
+the cache. Only the state at the start of each chunk is kept; the backward pass recomputes the rest. On a CPU
+both walks, forward and back, also exist in C, for those who install them (`bundle.networks.compiled`).
 
-The scan makes many short parallel calls. On a CPU that other processes use as well, the idle OpenMP threads
-waiting between them make it up to ten times slower; set OMP_WAIT_POLICY=passive, or use one thread per process.
+In PyTorch they make many short parallel calls. On a CPU that other processes use as well, the idle OpenMP threads
+waiting between them make them up to ten times slower; set OMP_WAIT_POLICY=passive, or use one thread per process.
 """
 
 # ruff: noqa: N803, N806 - A, B, C and D are the names of the paper
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 16  # tokens between two stored states
+from bundle.networks import compiled
+from bundle.networks.compiled import CHUNK
+
 CPU_TILE = 1 << 20  # elements of a work buffer, 4 MiB: smaller pays more per call, larger leaves the cache
 CUDA_TILE = 1 << 27  # elements of a work buffer, 512 MiB: few, large kernels matter more than the cache
 
@@ -109,60 +113,44 @@ def _walk(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) 
     return y.addcmul_(D, u), starts
 
 
-class _SelectiveScan(torch.autograd.Function):
-    """The scan with states laid out (r, k, n, d): rows, tokens of a chunk, state index, channel."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, kept: list[Tensor] | None
-    ) -> Tensor:
-        if kept:
-            starts, y = kept.pop(), kept.pop()
-        else:
-            y, starts = _walk(u, delta, A, B, C, D)
-            if kept is not None:
-                kept.extend((y.detach(), starts))
-        ctx.save_for_backward(u, delta, A, B, C, D, starts)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        u, delta, A, B, C, D, starts = ctx.saved_tensors
-        b, length, d = u.shape
-        n = A.shape[1]
-        decay = A.t().contiguous()  # (n, d)
-        log2_decay = decay * math.log2(math.e)
-        drive = delta * u
-        grad_y = grad_y.contiguous()
-        grad_drive, grad_delta = torch.empty_like(u), torch.empty_like(u)
-        grad_decay = torch.zeros_like(decay)
-        grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
-        tile = min(b, rows_per_tile(u.device, n, d))
-        gains_buffer, states_buffer, grads_buffer = u.new_empty(3, tile, CHUNK, n, d)
-        for first in range(0, b, tile):
-            rows = slice(first, min(first + tile, b))
-            carry = u.new_zeros(rows.stop - first, n, d)  # dL/dh of the chunk's last token, from later tokens
-            for chunk in reversed(range(starts.shape[1])):
-                at = (rows, slice(chunk * CHUNK, min((chunk + 1) * CHUNK, length)))
-                r, k, _ = u[at].shape
-                gains, states, grads = gains_buffer[:r, :k], states_buffer[:r, :k], grads_buffer[:r, :k]
-                start = starts[rows, chunk]
-                _advance(start, delta[at], drive[at], B[at], log2_decay, gains, states)
-                torch.mul(grad_y[at].unsqueeze(2), C[at].unsqueeze(3), out=grads)
-                carry = _retreat(carry, gains, grads)
-                grad_C[at] = torch.matmul(grad_y[at].unsqueeze(2), states.transpose(2, 3)).squeeze(2)
-                grad_B[at] = torch.matmul(drive[at].unsqueeze(2), grads.transpose(2, 3)).squeeze(2)
-                grad_drive[at] = torch.matmul(B[at].unsqueeze(2), grads).squeeze(2)
-                # d h[t] / d (delta[t] A) = gain[t] h[t-1]
-                grad_exponent = gains.mul_(grads)
-                grad_exponent[:, 0].mul_(start)  # `*=` would also copy the slice onto itself
-                grad_exponent[:, 1:].mul_(states[:, :-1])
-                grad_delta[at] = torch.mul(grad_exponent, decay, out=states).sum(2)
-                grad_decay += torch.mul(grad_exponent, delta[at].unsqueeze(2), out=states).sum((0, 1))
-        grad_delta += grad_drive * u
-        grad_u = (grad_drive * delta).addcmul_(D, grad_y)
-        return grad_u, grad_delta, grad_decay.t(), grad_B, grad_C, (grad_y * u).sum((0, 1)), None
+def _walk_back(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, starts: Tensor, grad_y: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients of u, delta, A, B, C and D."""
+    b, length, d = u.shape
+    n = A.shape[1]
+    decay = A.t().contiguous()  # (n, d)
+    log2_decay = decay * math.log2(math.e)
+    drive = delta * u
+    grad_y = grad_y.contiguous()
+    grad_drive, grad_delta = torch.empty_like(u), torch.empty_like(u)
+    grad_decay = torch.zeros_like(decay)
+    grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
+    tile = min(b, rows_per_tile(u.device, n, d))
+    gains_buffer, states_buffer, grads_buffer = u.new_empty(3, tile, CHUNK, n, d)
+    for first in range(0, b, tile):
+        rows = slice(first, min(first + tile, b))
+        carry = u.new_zeros(rows.stop - first, n, d)  # dL/dh of the chunk's last token, from later tokens
+        for chunk in reversed(range(starts.shape[1])):
+            at = (rows, slice(chunk * CHUNK, min((chunk + 1) * CHUNK, length)))
+            r, k, _ = u[at].shape
+            gains, states, grads = gains_buffer[:r, :k], states_buffer[:r, :k], grads_buffer[:r, :k]
+            start = starts[rows, chunk]
+            _advance(start, delta[at], drive[at], B[at], log2_decay, gains, states)
+            torch.mul(grad_y[at].unsqueeze(2), C[at].unsqueeze(3), out=grads)
+            carry = _retreat(carry, gains, grads)
+            grad_C[at] = torch.matmul(grad_y[at].unsqueeze(2), states.transpose(2, 3)).squeeze(2)
+            grad_B[at] = torch.matmul(drive[at].unsqueeze(2), grads.transpose(2, 3)).squeeze(2)
+            grad_drive[at] = torch.matmul(B[at].unsqueeze(2), grads).squeeze(2)
+            # d h[t] / d (delta[t] A) = gain[t] h[t-1]
+            grad_exponent = gains.mul_(grads)
+            grad_exponent[:, 0].mul_(start)  # `*=` would also copy the slice onto itself
+            grad_exponent[:, 1:].mul_(states[:, :-1])
+            grad_delta[at] = torch.mul(grad_exponent, decay, out=states).sum(2)
+            grad_decay += torch.mul(grad_exponent, delta[at].unsqueeze(2), out=states).sum((0, 1))
+    grad_delta += grad_drive * u
+    grad_u = (grad_drive * delta).addcmul_(D, grad_y)
+    return grad_u, grad_delta, grad_decay.t(), grad_B, grad_C, (grad_y * u).sum((0, 1))
 
 
 def _retreat(carry: Tensor, gains: Tensor, grads: Tensor) -> Tensor:
@@ -172,3 +160,31 @@ def _retreat(carry: Tensor, gains: Tensor, grads: Tensor) -> Tensor:
     for t in reversed(range(len(grad) - 1)):
         grad[t].addcmul_(gain[t + 1], grad[t + 1])
     return gain[0] * grad[0]
+
+
+def _walks(*tensors: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, ...]]]:
+    """The walks forward and back: those in C where they are installed and fit, else those above."""
+    return (compiled.walk, compiled.walk_back) if compiled.fits(*tensors) else (_walk, _walk_back)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """The scan with its gradient; only the state before each chunk is stored."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, kept: list[Tensor] | None
+    ) -> Tensor:
+        walk, ctx.walk_back = _walks(u, delta, A, B, C, D)
+        if kept:
+            starts, y = kept.pop(), kept.pop()
+        else:
+            y, starts = walk(u, delta, A, B, C, D)
+            if kept is not None:
+                kept.extend((y.detach(), starts))
+        ctx.save_for_backward(u, delta, A, B, C, D, starts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.walk_back(*ctx.saved_tensors, grad_y), None

@@ -5,7 +5,7 @@
     pip install ./bundle/networks/compiled_scan
 
 builds it for the machine at hand. Nothing is built at import; without it `bundle.networks.scan` runs in plain
-PyTorch. Both ways give the same results up to rounding, so weights and checkpoints go from one to the other; each
+PyTorch. Both ways give the same results up to rounding, so weights and checkpoints go from one to the other. C
 gives the same bits in every run, whatever the number of threads.
 """
 

@@ -62,6 +62,7 @@ def write_store(
             "frames": len(values),
             "voxels": len(voxels),
             "fill": float(values.min()),
+            "mask_source": str(folder / "derivatives" / "mask.nii.gz"),
             "parameters_hash": "p" * 12,
         }
         write_run(folder / "store", record, values.astype(np.float16), voxels)

@@ -17,7 +17,7 @@ from bundle.errors import InputError
 from bundle.prepare import Preparation, prepare, refuse_failed_rows
 from bundle.run import ROOT
 from bundle.sources import find_runs
-from bundle.store import read_manifest, write_text
+from bundle.store import read_manifest, write_json, write_text
 from bundle.transforms import clips, mask_kind
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Predictions:
             "versions": {metadata["name"]: metadata["version"]} | {name: version(name) for name in PACKAGES},
         }
         write_text(path, table.to_csv(sep="\t", index=False))
-        write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+        write_json(path.with_suffix(".json"), about)
         for name, warning in warnings.items():
             logger.warning("%s: %s", name, warning)
         logger.info("Wrote the scores of %d participants to %s", len(table), path)

@@ -13,7 +13,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 
 from bundle import atlas, grid, run_report, store
 from bundle.bold import TR_RANGE, open_bold
@@ -166,18 +165,8 @@ def prepare(
     return {"rows": rows} | counts
 
 
-def refuse_failures(folder: str | Path) -> None:
-    """Turn the failures that a store's summary.tsv lists into an error, so that the exit status tells of them.
-
-    Raises:
-        InputError: at least one run failed; names how many, the first and its reason.
-    """
-    path = Path(folder) / "summary.tsv"
-    refuse_failed_rows(pd.read_csv(path, sep="\t", keep_default_na=False).to_dict("records"))
-
-
 def refuse_failed_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Turn failures among rows into an error.
+    """Turn failures among the rows of `prepare` into an error, so that the exit status tells of them.
 
     Raises:
         InputError: at least one run failed; names how many, the first and its reason.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from bundle.errors import InputError
-from bundle.prepare import prepare, refuse_failures
+from bundle.prepare import prepare, refuse_failed_rows
 from bundle.sources import find_runs
 from bundle.statistics import pooled_scores, read_outcomes
 from bundle.store import write_json, write_text
@@ -19,8 +19,7 @@ def prepared_cohort(folder: Path, subjects: int, planted: str, effect: float, se
     """Make a synthetic cohort in a folder, prepare it, and return its store."""
     effect_on, size = ("coupling", 0.0) if planted == "nothing" else (planted, effect)
     source = make_cohort(folder / "derivatives", subjects, size, seed, duration_s=60.0, effect_on=effect_on)
-    prepare(find_runs(source), folder / "store")
-    refuse_failures(folder / "store")  # half a cohort is no test
+    refuse_failed_rows(prepare(find_runs(source), folder / "store")["rows"])  # half a cohort is no test
     return folder / "store"
 
 

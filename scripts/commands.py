@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from bundle.atlas import load_atlas, region_table
-from bundle.checkpoints import release as release_checkpoint
-from bundle.confounds import Cleaning
-from bundle.convert import convert_file
-from bundle.export import export_run
-from bundle.figures import mask_overlay
-from bundle.preflight import preflight as look_at_runs
-from bundle.prepare import Preparation, refuse_failed_rows
-from bundle.prepare import prepare as prepare_runs
-from bundle.sources import find_runs
-from bundle.splits import count_table, make_splits, save_all_splits, save_splits
-from bundle.store import read_manifest
-from bundle.synthetic import make_cohort
+from bundle.anatomy.atlas import load_atlas, region_table
+from bundle.data.splits import count_table, make_splits, save_all_splits, save_splits
+from bundle.deploy.export import export_run
+from bundle.deploy.published import convert_file
+from bundle.evaluation.figures import mask_overlay
+from bundle.experiments.synthetic import make_cohort
+from bundle.preparation.confounds import Cleaning
+from bundle.preparation.preflight import preflight as look_at_runs
+from bundle.preparation.prepare import Preparation, refuse_failed_rows
+from bundle.preparation.prepare import prepare as prepare_runs
+from bundle.preparation.sources import find_runs
+from bundle.preparation.store import read_manifest
+from bundle.training.checkpoints import release as release_checkpoint
 
 
 def regions(atlas: str | None = None, table: str | None = None) -> None:

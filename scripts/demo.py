@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from bundle.errors import InputError
-from bundle.run import run_bundle
+from bundle.process import run_bundle
 from scripts.commands import prepare, release, splits, synthesize
 
 logger = logging.getLogger(__name__)

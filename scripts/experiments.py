@@ -1,10 +1,10 @@
 """Commands for whole experiments: the sweep over masking strategies, its report, and the truth test."""
 
 from bundle.errors import InputError
-from bundle.report import write_report
-from bundle.statistics import finished_cells
-from bundle.sweep import read_sweep, run_sweep
-from bundle.truth import summarise, truth_test
+from bundle.experiments.report import write_report
+from bundle.experiments.statistics import finished_cells
+from bundle.experiments.sweep import read_sweep, run_sweep
+from bundle.experiments.truth import summarise, truth_test
 
 
 def sweep(

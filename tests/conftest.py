@@ -9,11 +9,11 @@ import torch
 from ignite.utils import manual_seed
 from small_runs import coarse_brain, coarse_signal, save_bold, save_mask
 
+from bundle.data.splits import make_splits, save_splits
 from bundle.networks import compiled
-from bundle.prepare import prepare
-from bundle.sources import find_runs
-from bundle.splits import make_splits, save_splits
-from bundle.store import read_manifest
+from bundle.preparation.prepare import prepare
+from bundle.preparation.sources import find_runs
+from bundle.preparation.store import read_manifest
 
 os.environ.setdefault("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
 torch.set_num_threads(1)  # tests run in parallel processes; see the README's test command

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from small_runs import coarse_signal, run_of, save_bold
 
-from bundle import store
 from bundle.errors import InputError
-from bundle.prepare import prepare
+from bundle.preparation import store
+from bundle.preparation.prepare import prepare
 
 # The imports take longest, so one process with everything imported forks a child for each preparation.
 FORKING = """
@@ -21,8 +21,9 @@ import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from small_runs import run_of
-from bundle import atlas, grid
-from bundle.prepare import prepare
+from bundle.anatomy import atlas
+from bundle.anatomy import grid
+from bundle.preparation.prepare import prepare
 
 folder, job = Path(sys.argv[2]), sys.argv[3]
 atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE), grid.mni_brain()
@@ -67,8 +68,8 @@ def files(tmp_path_factory):
 
 
 def run_job(files, job):
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+    here = Path(__file__).parent / "helpers"
+    environment = os.environ | {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", FORKING, str(here), str(files), job]
     subprocess.run(command, env=environment, check=True, timeout=200)
 

@@ -1,1 +1,0 @@
-"""Speed and memory: `python -m benchmarks` prints the tables of docs/performance.md."""

@@ -1,0 +1,1 @@
+"""Where anatomy is: the fixed grid in MNI space, label images, and their parcels on the grid."""

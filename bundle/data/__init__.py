@@ -1,0 +1,1 @@
+"""From the store to batches: subject splits, clips, and what the network receives."""

@@ -1,0 +1,1 @@
+"""Out of the lab: published weights in, released models, inference, NIfTI."""

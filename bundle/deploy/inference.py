@@ -1,0 +1,141 @@
+"""Inference on new NIfTI files: prepare them, score their clips, average per participant, report."""
+
+import json
+import logging
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from ignite.engine import Engine, Events
+from scipy.special import expit
+from torch import nn
+
+from bundle.errors import InputError
+from bundle.preparation.prepare import Preparation, prepare, refuse_failed_rows
+from bundle.preparation.sources import find_runs
+from bundle.preparation.store import read_manifest, write_json, write_text
+from bundle.preparation.transforms import clips, mask_kind
+from bundle.process import ROOT
+from bundle.training.checkpoints import load_released
+
+logger = logging.getLogger(__name__)
+
+
+REFUSED = ("failed", "excluded")
+PACKAGES = ("torch", "monai", "numpy", "scipy", "nibabel", "nilearn")
+COLUMNS = {
+    "participant_id": "as in the table of runs, in the file's BIDS name, or the file's name",
+    "probability": "of being a case (1, ADHD; a control is 0), between 0 and 1: sigmoid of the logit, not calibrated",
+    "logit": "of the classifier (log odds of being a case), mean over the participant's clips",
+    "clips": "number of clips that were averaged",
+}
+OTHER_MASK = (
+    "the runs that the model was trained on have brain masks of another origin (given, or found in the run), so that "
+    "z-scores, and hence the probability, differ; give a mask where they had one"
+)
+
+
+def remove_earlier(output_dir: str | Path) -> None:
+    """Remove the predictions of an earlier run, so that none is taken for this run's where it ends early."""
+    for name in ("predictions.tsv", "predictions.json"):
+        Path(output_dir, name).unlink(missing_ok=True)
+
+
+def load_model(network: nn.Module, path: str | Path, size: Mapping[str, Any], preparation: Preparation) -> None:
+    """Load a released model that was trained on data prepared in this way.
+
+    Raises:
+        InputError: the model is absent, has other sizes, or expects another preparation.
+    """
+    load_released(network, path, {"network": dict(size), "preparation": preparation.parameters_hash})
+
+
+def prepared_clips(
+    dataset_dir: str | Path, store: str | Path, frames: int, stride: int, preparation: Preparation
+) -> list[dict]:
+    """Prepare the runs of a folder or table and list their clips; `Predictions.report` names those that failed.
+
+    Args:
+        dataset_dir: one NIfTI file, a folder of them, BIDS derivatives, or a table of runs (see
+            `bundle.preparation.sources.find_runs`); labels are not needed.
+        store: where the prepared runs go; those that are there already and current are used as they are.
+        frames: frames per clip.
+        stride: frames between the starts of two clips.
+        preparation: the one that the model was trained with.
+
+    Raises:
+        InputError: no run could be prepared.
+    """
+    rows = prepare(find_runs(dataset_dir, labels="optional"), store, preparation)["rows"]
+    refused = [row for row in rows if row["status"] in REFUSED]
+    if len(refused) == len(rows):
+        raise InputError(f"{dataset_dir}: none of the {len(rows)} runs can be used; the first: {refused[0]['reason']}")
+    usable = {row["run_id"] for row in rows} - {row["run_id"] for row in refused}
+    runs = [run for run in read_manifest(store)["runs"] if run["run_id"] in usable]
+    return clips(runs, frames=frames, stride=stride)
+
+
+class Predictions:
+    """Evaluator's handler: average the logits of each participant's clips, and write them.
+
+    ``predictions.tsv`` has a row per participant (see `COLUMNS`). ``predictions.json`` says beside it what the columns
+    are, which runs could not be used or are doubtful, and why, and what the model and the software are, with the
+    model's hash.
+
+    Args:
+        output_dir: folder of both files.
+        store: the store that `prepared_clips` filled; its summary names the runs that failed.
+        checkpoint: the released model, whose ``model.json`` lies beside it.
+    """
+
+    def __init__(self, output_dir: str | Path, store: str | Path, checkpoint: str | Path) -> None:
+        self.output_dir = Path(output_dir)
+        self.store = Path(store)
+        self.record = Path(checkpoint).with_suffix(".json")
+        self.logits: list[dict] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Keep the logits of a batch."""
+        output: Any = engine.state.output
+        names = output["label"]["participant_id"]
+        self.logits += [
+            {"participant_id": name, "logit": logit}
+            for name, logit in zip(names, output["pred"].float().flatten().tolist(), strict=True)
+        ]
+
+    def report(self) -> None:
+        """Write both files, then say which runs could not be used.
+
+        Raises:
+            InputError: at least one run could not be used (the others are in the table).
+        """
+        table = pd.DataFrame(self.logits).groupby("participant_id")["logit"].agg(["mean", "size"])
+        table = table.rename(columns={"mean": "logit", "size": "clips"}).reset_index()
+        table.insert(1, "probability", expit(table["logit"]))
+        path = self.output_dir / "predictions.tsv"
+        rows = pd.read_csv(self.store / "summary.tsv", sep="\t", keep_default_na=False).to_dict("records")
+        model = json.loads(self.record.read_text())
+        scored = {row["run_id"] for row in rows if row["status"] not in REFUSED}
+        kinds = {run["run_id"]: mask_kind(run) for run in read_manifest(self.store)["runs"] if run["run_id"] in scored}
+        warnings = {name: OTHER_MASK for name, kind in kinds.items() if kind not in model["brain_masks"]}
+        metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
+        about = {
+            "columns": COLUMNS,
+            "intended_use": metadata["intended_use"],
+            "refused_runs": {row["run_id"]: row["reason"] for row in rows if row["status"] in REFUSED},
+            "warnings": warnings,
+            "model": model,
+            "versions": {metadata["name"]: metadata["version"]} | {name: version(name) for name in PACKAGES},
+        }
+        write_text(path, table.to_csv(sep="\t", index=False))
+        write_json(path.with_suffix(".json"), about)
+        for name, warning in warnings.items():
+            logger.warning("%s: %s", name, warning)
+        logger.info("Wrote the scores of %d participants to %s", len(table), path)
+        refuse_failed_rows(rows)

@@ -1,0 +1,1 @@
+"""What a network is worth: subjects' scores, intervals, reconstruction, attribution, maps."""

@@ -1,0 +1,240 @@
+"""Which regions a classifier uses: Captum's ablation and integrated gradients, per AAL3 label and region.
+
+Both compare a clip with a baseline, the same clip without what is asked about. "still": every voxel at its own mean, so
+that a region is taken out by removing its signal over time, while its anatomy stays. "average": every voxel at its mean
+over all clips and frames, so that a region becomes that of the average subject: for effects that a single frame shows.
+An attribution is in logits: positive moves the subject towards "case".
+
+Measures over subjects: ``size``, the mean absolute attribution, which is above 0 for any network;
+and ``separation``, cases' mean minus controls' mean: the part of the difference between the groups' logits that comes
+from the region. Where a network has learnt nothing that holds for new subjects, separation is 0 but for chance.
+``separation_per_1000_voxels`` is the same for regions of 4 to 29 % of the brain: a large region can separate more only
+because it is large. (Brighter regions also make all others darker, since runs are z-scored over the whole brain.)
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from captum.attr import FeatureAblation, IntegratedGradients
+from monai.transforms import Compose
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bundle.anatomy.atlas import load_atlas
+from bundle.errors import InputError
+from bundle.evaluation.maps import draw, interval, unit_index, units
+from bundle.networks.classifier import Classifier
+from bundle.preparation.store import write_text
+
+logger = logging.getLogger(__name__)
+
+LEVELS = ("group", "label")
+BASELINES = ("still", "average")
+
+
+def ablation(
+    logit: Callable[[Tensor], Tensor], image: Tensor, without: Tensor, index: NDArray[np.int64], count: int
+) -> NDArray[np.float64]:
+    """Change of the logit when a unit is taken out (Captum's ``FeatureAblation``).
+
+    Args:
+        logit: maps images ``(B, 1, X, Y, Z, T)`` to ``(B,)``.
+        image: one clip, ``(1, 1, X, Y, Z, T)``.
+        without: its baseline, of the same shape.
+        index: unit of each voxel, ``(X, Y, Z)``, 1 to n; 0 for none, which is ablated as a unit of its own.
+        count: the number of units, n.
+
+    Returns:
+        ``(n,)``: logit of the clip minus the logit with the unit as in the baseline; 0 for a unit without a voxel.
+    """
+    units_of = torch.from_numpy(index).to(image.device)
+    with torch.no_grad():
+        found = FeatureAblation(logit).attribute(image, baselines=without, feature_mask=units_of[None, None, ..., None])
+    present, first = np.unique(index, return_index=True)  # a unit's attribution is repeated at all of its voxels
+    values = np.zeros(count + 1)
+    values[present] = found[0, 0, ..., 0].flatten()[torch.from_numpy(first).to(found.device)].double().cpu().numpy()
+    return values[1:]
+
+
+def gradients(
+    logit: Callable[[Tensor], Tensor],
+    image: Tensor,
+    without: Tensor,
+    indices: Sequence[NDArray[np.int64]],
+    counts: Sequence[int],
+    steps: int,
+) -> list[NDArray[np.float64]]:
+    """Integrated gradients (Captum), summed over each unit's voxels and frames.
+
+    Args:
+        logit: maps images ``(B, 1, X, Y, Z, T)`` to ``(B,)``.
+        image: one clip, ``(1, 1, X, Y, Z, T)``.
+        without: its baseline, of the same shape.
+        indices: arrays as in `ablation`.
+        counts: the number of units of each.
+        steps: points on the path between the baseline and the clip.
+
+    Returns:
+        ``(n,)`` for each of ``indices``.
+    """
+    found = IntegratedGradients(logit).attribute(image, baselines=without, n_steps=steps, internal_batch_size=1)
+    voxels = found[0, 0].sum(-1).double().flatten().cpu().numpy()
+    pairs = zip(indices, counts, strict=True)
+    return [np.bincount(index.flatten(), voxels, minlength=count + 1).astype(float)[1:] for index, count in pairs]
+
+
+def still(image: Tensor) -> Tensor:
+    """The clip ``(..., T)`` with every voxel at its own mean over time."""
+    return image.mean(-1, keepdim=True).expand_as(image)
+
+
+def average(images: Iterable[Tensor]) -> Tensor:
+    """Mean of clips ``(..., T)`` over clips and frames, ``(..., 1)``."""
+    total, count = None, 0
+    for image in images:
+        mean = image.double().mean(-1, keepdim=True)
+        total, count = mean if total is None else total + mean, count + 1
+    assert total is not None, "no clip"
+    return (total / count).float()
+
+
+def summarise(subjects: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """Size and separation of each unit with bootstrap intervals over subjects.
+
+    Args:
+        subjects: rows of ``participant_id``, ``label`` (1 case, 0 control), ``method``, ``level``, ``name``,
+            ``voxels`` (how many the unit has), ``value``.
+        resamples: bootstrap resamples.
+        seed: of the bootstrap.
+
+    Returns:
+        Rows of ``method``, ``level``, ``name``, ``voxels``, ``measure`` (size, separation,
+        separation_per_1000_voxels), ``value``, ``low``, ``high``.
+    """
+    rows = []
+    for (method, level), part in subjects.groupby(["method", "level"], sort=False):
+        wide = part.pivot_table(index=["participant_id", "label"], columns="name", values="value", sort=False)
+        values, label = wide.to_numpy(), wide.index.get_level_values("label").to_numpy()
+        cases, controls = values[label == 1], values[label == 0]
+        measures = {
+            "size": interval((np.abs(values),), _mean, paired=False, resamples=resamples, seed=seed),
+            "separation": interval((cases, controls), _difference, paired=False, resamples=resamples, seed=seed),
+        }
+        counts = part.drop_duplicates("name").set_index("name")["voxels"][wide.columns].to_numpy()
+        per_voxels = {key: 1000 * values / np.maximum(counts, 1) for key, values in measures["separation"].items()}
+        measures["separation_per_1000_voxels"] = per_voxels
+        for measure, found in measures.items():
+            names = {"method": method, "level": level, "name": wide.columns, "voxels": counts, "measure": measure}
+            rows.append(pd.DataFrame(names | found))
+    return pd.concat(rows, ignore_index=True)
+
+
+def within_folds(subjects: pd.DataFrame) -> pd.DataFrame:
+    """Values around the middle between their fold's two groups, for subjects that several networks have tested.
+
+    Networks of different folds are not on one scale, and sites left out differ: where the share of cases differs
+    between folds, a difference between folds would pass for one between cases and controls.
+
+    Args:
+        subjects: rows as for `summarise`, with ``fold`` and ``seed``.
+
+    Returns:
+        The rows with their values changed, without those of folds of one class.
+    """
+    unit = ["fold", "seed", "method", "level", "name"]
+    means = subjects.pivot_table(index=unit, columns="label", values="value").reindex(columns=[0, 1])
+    middle = means.mean(axis=1, skipna=False).rename("middle").reset_index()
+    merged = subjects.merge(middle, on=unit, how="left")
+    return merged.assign(value=merged["value"] - merged["middle"]).dropna(subset="middle").drop(columns="middle")
+
+
+def _mean(values: NDArray, axis: int) -> NDArray:
+    return values.mean(axis)
+
+
+def _difference(cases: NDArray, controls: NDArray, axis: int) -> NDArray:
+    return cases.mean(axis) - controls.mean(axis)
+
+
+def attribute(
+    network: nn.Module,
+    clips: Sequence[dict[str, Any]],
+    transforms: Sequence[Callable],
+    output_dir: str | Path,
+    levels: Sequence[str] = LEVELS,
+    steps: int = 16,
+    baseline: str = "still",
+    atlas: str | Path | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Attribute a classifier's logits to regions; the same for a frozen and a fine-tuned encoder.
+
+    Writes ``attribution_subjects.csv``, ``attribution.csv`` and, per method, a map in MNI space with pictures.
+
+    Args:
+        network: maps images to logits ``(B, 1)``, such as a `Classifier`.
+        clips: dataset of labelled clips as `ReadClipd` gives them.
+        transforms: to ``image`` ``(1, X, Y, Z, T)``, on the device.
+        output_dir: folder of the files.
+        levels: ablate each "group" (9 passes per clip) and each "label" (167 passes).
+        steps: of the integrated gradients; each is a forward and a backward pass.
+        baseline: what a region is compared with, "still" or "average"; see the module.
+        atlas: label image; None: AAL3v1, 1 mm.
+        resamples: bootstrap resamples.
+        seed: of the bootstrap.
+
+    Returns:
+        The table of `summarise`.
+
+    Raises:
+        InputError: there is no such baseline.
+    """
+    if baseline not in BASELINES:
+        raise InputError(f"baseline must be one of {', '.join(BASELINES)}, not {baseline!r}")
+    loaded, prepare = load_atlas(atlas), Compose(transforms)
+    members = {level: units(loaded, level) for level in LEVELS}
+    index = {level: unit_index(loaded, members[level]) for level in LEVELS}
+    counts = [len(names) for names in members.values()]
+    voxels = {level: np.bincount(index[level].flatten(), minlength=len(members[level]) + 1)[1:] for level in LEVELS}
+    network.eval().requires_grad_(False)
+    if isinstance(network, Classifier):
+        network.freeze = False  # else no gradient would reach the image through a frozen encoder
+
+    def logit(image: Tensor) -> Tensor:
+        return network(image)[:, 0]
+
+    def read(position: int) -> tuple[dict, Tensor]:
+        item = prepare(clips[position])
+        return item, torch.as_tensor(item["image"]).as_subclass(Tensor)[None]  # (1, 1, X, Y, Z, T)
+
+    common = average(read(position)[1] for position in range(len(clips))) if baseline == "average" else None
+    tables = []
+    for position in tqdm(range(len(clips)), desc="attribute to regions", unit="clip"):
+        item, image = read(position)
+        without = still(image) if common is None else common.expand_as(image)
+        summed = gradients(logit, image, without, list(index.values()), counts, steps)
+        found = {("integrated_gradients", level): values for level, values in zip(LEVELS, summed, strict=True)}
+        for level in levels:
+            found["ablation", level] = ablation(logit, image, without, index[level], len(members[level]))
+        for (method, level), values in found.items():
+            names = {"method": method, "level": level, "name": list(members[level]), "voxels": voxels[level]}
+            table = pd.DataFrame(names | {"value": values})
+            tables.append(table.assign(participant_id=item["participant_id"], label=int(item["label"])))
+    keys = ["participant_id", "label", "method", "level", "name", "voxels"]
+    subjects = pd.concat(tables).groupby(keys, sort=False)["value"].mean().reset_index()  # over a subject's clips
+    summary = summarise(subjects, resamples, seed)
+    output_dir = Path(output_dir)
+    write_text(output_dir / "attribution_subjects.csv", subjects.to_csv(index=False))
+    write_text(output_dir / "attribution.csv", summary.to_csv(index=False))
+    for (method, measure), part in summary.groupby(["method", "measure"]):
+        title = f"{str(method).replace('_', ' ')} against the {baseline} clip, {measure}, logits"
+        draw(part, loaded, output_dir / f"{method}_{measure}", title)
+    logger.info("Attribution of %d clips written to %s", len(clips), output_dir)
+    return summary

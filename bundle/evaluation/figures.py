@@ -1,0 +1,49 @@
+"""Pictures to look at: is the mask where the anatomy is?"""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import nibabel as nib
+import numpy as np
+from nilearn import plotting
+
+from bundle.anatomy import grid
+from bundle.anatomy.atlas import Atlas, Regions, labels_on, region_labels
+from bundle.preparation.store import read_clip, read_run, read_voxels
+
+mpl.use("Agg")  # pictures go to files, also on machines without a display
+
+
+def mean_bold(store: str | Path, run_id: str) -> nib.Nifti1Image:
+    """Mean over time of a stored run, in the units of the file it came from, on the fixed grid; background 0."""
+    record = read_run(store, run_id)
+    frames = read_clip(store, run_id, 0, record["frames"])  # (T, V)
+    volume = np.zeros(np.prod(grid.SHAPE), np.float32)
+    volume[read_voxels(store, run_id)] = frames.mean(axis=0, dtype=np.float64) * record["sd"] + record["mean"]
+    return nib.Nifti1Image(volume.reshape(grid.SHAPE), grid.AFFINE)
+
+
+def mask_overlay(store: str | Path, run_id: str, png: str | Path, regions: Regions, atlas: Atlas) -> None:
+    """Draw the voxels of some regions over a stored run's mean BOLD.
+
+    Args:
+        store: the prepared store.
+        run_id: the run.
+        png: picture to write.
+        regions: as for `bundle.anatomy.atlas.region_labels`.
+        atlas: where the regions come from.
+    """
+    chosen = region_labels(regions, atlas.names)
+    mask = np.isin(labels_on(atlas, grid.AFFINE, grid.SHAPE), chosen)
+    display = plotting.plot_roi(
+        nib.Nifti1Image(mask.astype(np.uint8), grid.AFFINE),
+        bg_img=mean_bold(store, run_id),
+        display_mode="mosaic",
+        cut_coords=6,
+        title=f"{regions} on the mean of {run_id}",
+        black_bg=True,
+        cmap="autumn",
+        alpha=0.6,
+    )
+    display.savefig(str(png), dpi=100)
+    display.close()

@@ -1,0 +1,177 @@
+"""How well a pretrained network rebuilds each region from the rest of the brain, over subjects.
+
+Every strategy is measured with the same yardstick: each region in turn is hidden at every frame, whatever was hidden
+in training. The squared error of z-scored BOLD is mostly static anatomy, so the temporal R² around each voxel's
+mean goes with it.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from monai.transforms import Compose
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bundle.anatomy.atlas import Atlas, load_atlas
+from bundle.evaluation.maps import draw, interval, unit_index, units
+from bundle.preparation.store import write_json, write_text
+from bundle.training.metrics import MaskedMSE, TemporalR2
+
+logger = logging.getLogger(__name__)
+
+SUMS = ("squared", "count", "residual", "total")
+
+
+def voxel_sums(prediction: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error, and residual and total temporal sum of squares around the clip's mean, of each voxel.
+
+    Args:
+        prediction: ``(X, Y, Z, T)``.
+        image: the same shape.
+
+    Returns:
+        Three tensors ``(X, Y, Z)``, float32, summed over T.
+    """
+    y = image - image.mean(-1, keepdim=True)
+    p = prediction - prediction.mean(-1, keepdim=True)
+    return (image - prediction).square().sum(-1), (y - p).square().sum(-1), y.square().sum(-1)
+
+
+def label_sums(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    image: Tensor,
+    brain: NDArray[np.bool_],
+    labels: NDArray[np.int64],
+    hidden: NDArray[np.int64],
+    count: int,
+) -> NDArray[np.float64]:
+    """Hide each unit of a clip in turn, and sum its errors label by label, over voxels inside the brain.
+
+    Args:
+        predict: the network: image ``(1, 1, X, Y, Z, T)`` and mask ``(1, 1, X, Y, Z)`` to the reconstruction.
+        image: ``(1, 1, X, Y, Z, T)``.
+        brain: bool ``(X, Y, Z)``.
+        labels: position of each voxel's label, 1 to n, 0 for none.
+        hidden: the unit, 1 to m, with which each voxel is hidden; 0 for none.
+        count: the number of labels, n.
+
+    Returns:
+        ``(n, 4)``: squared error, number of values, residual and total temporal sum of squares.
+    """
+    sums = np.zeros((count + 1, 4))
+    for unit in range(1, int(hidden.max()) + 1):
+        inside = hidden == unit
+        prediction = predict(image, torch.from_numpy(inside)[None, None].to(image.device))
+        parts = [part.double().cpu().numpy() for part in voxel_sums(prediction[0, 0].float(), image[0, 0].float())]
+        scored = inside & brain
+        counts = np.full(int(scored.sum()), image.shape[-1], float)
+        columns = [parts[0][scored], counts, parts[1][scored], parts[2][scored]]
+        for column, values in enumerate(columns):
+            sums[:, column] += np.bincount(labels[scored], values, minlength=len(sums))
+    return sums[1:]
+
+
+def summarise(subjects: pd.DataFrame, atlas: Atlas, resamples: int, seed: int) -> pd.DataFrame:
+    """MSE and temporal R² of each label, each group and the whole, with bootstrap intervals over subjects.
+
+    Args:
+        subjects: rows of ``participant_id``, ``name`` (label) and `SUMS`.
+        atlas: whose labels they are.
+        resamples: bootstrap resamples.
+        seed: of the bootstrap.
+
+    Returns:
+        Rows of ``level`` (label, group, all), ``name``, ``measure`` (mse, temporal_r2), ``value``, ``low``, ``high``.
+    """
+    names = list(units(atlas, "label"))
+    wide = subjects.pivot_table(index="participant_id", columns="name", values=list(SUMS), aggfunc="sum")
+    sums = np.stack([wide[name].reindex(columns=names).fillna(0).to_numpy() for name in SUMS])  # (4, subjects, n)
+    levels = {"label": units(atlas, "label"), "group": units(atlas, "group"), "all": {"all": tuple(atlas.names)}}
+    position = {number: column for column, number in enumerate(atlas.names)}
+    rows = []
+    for level, members in levels.items():
+        columns = [[position[number] for number in numbers] for numbers in members.values()]
+        squared, count, residual, total = (np.stack([part[:, c].sum(1) for c in columns], 1) for part in sums)
+        measures = {"mse": ((squared, count), _ratio), "temporal_r2": ((residual, total), _explained)}
+        for measure, (samples, statistic) in measures.items():
+            found = interval(samples, statistic, paired=True, resamples=resamples, seed=seed)
+            table = pd.DataFrame({"level": level, "name": list(members), "measure": measure, **found})
+            rows.append(table)
+    return pd.concat(rows, ignore_index=True)
+
+
+def _ratio(above: NDArray, below: NDArray, axis: int) -> NDArray:
+    below = below.sum(axis)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(below > 0, above.sum(axis) / below, np.nan)
+
+
+def _explained(residual: NDArray, total: NDArray, axis: int) -> NDArray:
+    return 1 - _ratio(residual, total, axis)
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    network: nn.Module,
+    clips: Sequence[dict[str, Any]],
+    transforms: Sequence[Callable],
+    mask: Callable[[dict], dict],
+    output_dir: str | Path,
+    hide_by: str = "group",
+    atlas: str | Path | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Evaluate a pretrained network: with its own strategy's masks, and hiding each region or label in turn.
+
+    Writes ``reconstruction_subjects.csv`` (sums per participant and label), ``reconstruction.csv`` (labels, groups
+    and all, with intervals), ``reconstruction.json`` (the strategy's own scores) and maps of the temporal R².
+
+    Args:
+        network: a `MaskedAutoencoder`.
+        clips: dataset of clips as `ReadClipd` gives them.
+        transforms: to ``image`` ``(T, X, Y, Z)`` and ``brain`` (`ScatterClipd`), on the device.
+        mask: the strategy's mask transform, fixed.
+        output_dir: folder of the files.
+        hide_by: hide a whole "group" at a time (8 passes per clip), or a "label" (166 passes).
+        atlas: label image; None: AAL3v1, 1 mm.
+        resamples: bootstrap resamples.
+        seed: of the bootstrap.
+
+    Returns:
+        ``masked_mse`` and ``temporal_r2`` with the strategy's own masks.
+    """
+    network.eval()
+    loaded, prepare = load_atlas(atlas), Compose(transforms)
+    members = units(loaded, "label")
+    labels, hidden = unit_index(loaded, members), unit_index(loaded, units(loaded, hide_by))
+    own = {"masked_mse": MaskedMSE(), "temporal_r2": TemporalR2()}
+    tables = []
+    for position in tqdm(range(len(clips)), desc="rebuild regions", unit="clip"):
+        item = mask(prepare(clips[position]))
+        image = item["image"].as_tensor().movedim(0, -1)[None, None].contiguous()  # (1, 1, X, Y, Z, T)
+        target = {"image": image, "mask": item["mask"].as_tensor()[None]}
+        prediction = network(image, target["mask"])
+        for metric in own.values():
+            metric.update((prediction, target))
+        brain = item["brain"].as_tensor()[0].bool().cpu().numpy()
+        sums = label_sums(network, image, brain, labels, hidden, len(members))
+        table = pd.DataFrame(sums, columns=list(SUMS)).assign(name=list(members))
+        tables.append(table.assign(participant_id=item["participant_id"]))
+    subjects = pd.concat(tables).groupby(["participant_id", "name"], sort=True)[list(SUMS)].sum().reset_index()
+    summary = summarise(subjects, loaded, resamples, seed)
+    output_dir = Path(output_dir)
+    write_text(output_dir / "reconstruction_subjects.csv", subjects.to_csv(index=False))
+    write_text(output_dir / "reconstruction.csv", summary.to_csv(index=False))
+    draw(summary[summary["measure"] == "temporal_r2"], loaded, output_dir / "reconstruction_r2", "temporal R²")
+    scores = {name: float(metric.compute()) for name, metric in own.items()}
+    facts = {"hidden_by": hide_by, "clips": len(clips), "participants": subjects["participant_id"].nunique()}
+    write_json(output_dir / "reconstruction.json", scores | facts)
+    logger.info("Reconstruction of %d clips: %s; written to %s", len(clips), scores, output_dir)
+    return scores

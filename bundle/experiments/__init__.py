@@ -1,0 +1,1 @@
+"""Whole experiments: synthetic cohorts, sweeps of trials, baselines, statistics, reports."""

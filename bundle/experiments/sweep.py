@@ -1,0 +1,296 @@
+"""Many masking strategies x seeds x folds: each cell pretrains, trains a classifier and tests it once.
+
+A sweep is a small JSON file:
+
+    store       prepared store
+    results     folder of the results, one folder per cell in cells/
+    splits      {"folds": 10, "seed": 0, "test": "all" or [0, 3] or "sites"}; "sites" leaves one site out at a time
+    strategies  names of configs/masks, "random_weights" (no pretraining), or {"name", "mask", "pretrain", "train"}
+                with overrides for the two stages
+    baselines   names of `bundle.experiments.baselines.BASELINES`
+    seeds       of the networks
+    configs     overlays for every stage, such as "demo"
+    overrides   config id to value, for every stage
+    pretrain    the same, for pretraining only
+    train       the same, for classification and what follows it
+    steps       beyond training and test: any of "reconstruct", "attribute"
+
+Relative paths, in overrides too, count from the folder in which the sweep is started, wherever a cell is run.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from bundle.data.splits import make_splits, save_splits
+from bundle.errors import InputError
+from bundle.experiments.baselines import BASELINES, mean_motion
+from bundle.experiments.trial import Cell, Strategy, is_finished, run_cell
+from bundle.preparation.store import read_manifest, slug, write_json, write_text
+from bundle.process import config_file
+from bundle.workers import dask_executor
+
+logger = logging.getLogger(__name__)
+
+STEPS = ("reconstruct", "attribute")
+RANDOM_WEIGHTS = "random_weights"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep's JSON file says; see the module."""
+
+    store: str
+    results: str
+    splits: Mapping[str, Any]
+    strategies: Sequence[Any] = ()
+    baselines: Sequence[str] = ()
+    seeds: Sequence[int] = (0,)
+    configs: Sequence[str] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    pretrain: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    steps: Sequence[str] = ("reconstruct",)
+    bootstrap_resamples: int = 2000
+
+
+def read_sweep(path: str | Path, **changes: Any) -> Sweep:
+    """Read a sweep's JSON file; ``changes`` that are not None replace its entries.
+
+    Raises:
+        InputError: it cannot be read, lacks an entry, or holds an unknown entry, strategy, baseline or step.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text()) | {name: value for name, value in changes.items() if value is not None}
+        sweep = Sweep(**content)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a sweep ({error}); see configs/sweeps/paper.json for an example") from error
+    for kind, named, known in (("baseline", sweep.baselines, BASELINES), ("step", sweep.steps, STEPS)):
+        for name in named:
+            if name not in known:
+                raise InputError(f"{path}: {kind} {name!r} is unknown; choose from {', '.join(known)}")
+    names = [strategy.name for strategy in map(_strategy, sweep.strategies)] + list(sweep.baselines)
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: two strategies have the same name; give each its own")
+    if not names:
+        raise InputError(f"{path}: names no strategy and no baseline, so there is nothing to run")
+    return sweep
+
+
+def _strategy(entry: Any) -> Strategy:
+    if isinstance(entry, str):
+        strategy = Strategy(entry, None if entry == RANDOM_WEIGHTS else f"masks/{entry}")
+    else:
+        try:
+            strategy = Strategy(**entry)
+        except TypeError as error:
+            raise InputError(f"strategy {entry!r} must be a name, or have name, mask, pretrain and train") from error
+    if strategy.mask is not None:
+        config_file(strategy.mask)
+    return strategy
+
+
+def plan_cells(sweep: Sweep) -> list[Cell]:
+    """Write the split files, and list all cells, baselines first.
+
+    Raises:
+        InputError: the store cannot be read or split as asked, a config does not exist, or two sites or strategies
+            would share files.
+    """
+    runs = read_manifest(sweep.store)["runs"]
+    results = Path(sweep.results).absolute()
+    folds = _folds(sweep.splits, runs)
+    _refuse_shared_files("sites", folds)
+    _refuse_shared_files("strategies", [_strategy(entry).name for entry in sweep.strategies])
+    # with their hash: another plan for the same folder never changes the splits of a cell that waits
+    files = {f: results / "splits" / f"fold-{slug(f)}-{splits['sha256'][:8]}.json" for f, splits in folds.items()}
+    for fold, splits in folds.items():
+        save_splits(splits, files[fold])
+    shared = {
+        "data": read_manifest(sweep.store)["parameters_hash"],
+        "runs": [[run[key] for key in ("run_id", "source_sha256", "site", "diagnosis", "participant")] for run in runs],
+        "resamples": sweep.bootstrap_resamples,
+        "version": version("brain-fmri-roi-mae"),
+    }
+    networks_only = {
+        "configs": {name: config_file(name).read_text() for name in ("pretrain", "train", "evaluate", *sweep.steps)},
+        "overlays": [config_file(name).read_text() for name in sweep.configs],
+        "overrides": dict(sweep.overrides),
+        "steps": list(sweep.steps),
+    }
+    known = [name for name in sweep.baselines if name != "head_motion" or mean_motion(runs) is not None]
+    if len(known) < len(sweep.baselines):
+        logger.warning("%s: head motion is not known, so there is no baseline head_motion", sweep.store)
+    baselines = [(Strategy(name), 0, True) for name in known]
+    strategies = [
+        replace(own, pretrain={**sweep.pretrain, **own.pretrain}, train={**sweep.train, **own.train})
+        for own in map(_strategy, sweep.strategies)
+    ]
+    networks = [(strategy, seed, False) for seed in sweep.seeds for strategy in strategies]
+    cells = []
+    for (strategy, seed, baseline), (fold, splits) in _in_order(baselines + networks, folds):
+        own = {"strategy": asdict(strategy), "seed": seed, "splits": splits["sha256"], "baseline": baseline}
+        own["mask"] = None if strategy.mask is None else config_file(strategy.mask).read_text()
+        own |= {} if baseline else networks_only
+        name = f"{slug(strategy.name)}__seed-{seed}__fold-{slug(fold)}"
+        cells.append(
+            Cell(
+                strategy=replace(strategy, mask=strategy.mask and _anywhere(strategy.mask)),
+                seed=seed,
+                fold=fold,
+                folder=str(results / "cells" / name),
+                store=str(Path(sweep.store).absolute()),
+                splits_file=str(files[fold]),
+                baseline=baseline,
+                configs=tuple(map(_anywhere, sweep.configs)),
+                overrides=dict(sweep.overrides),
+                steps=tuple(sweep.steps),
+                resamples=sweep.bootstrap_resamples,
+                directory=str(Path.cwd()),
+                sha256=hashlib.sha256(json.dumps(shared | own, sort_keys=True).encode()).hexdigest(),
+            )
+        )
+    return cells
+
+
+def _anywhere(config: str) -> str:
+    """Name of a config that means the same in the working directory of a Dask worker."""
+    return str(config_file(config)) if config.endswith(".json") else config
+
+
+def _in_order(kinds: list, folds: Mapping[str, dict]) -> Iterator[tuple]:
+    """Baselines first, then seed by seed and fold by fold, so that an early stop leaves whole comparisons."""
+    for seed in dict.fromkeys((seed, baseline) for _, seed, baseline in kinds):
+        for fold in folds.items():
+            yield from ((kind, fold) for kind in kinds if kind[1:] == seed)
+
+
+def _folds(splits: Mapping[str, Any], runs: Sequence[dict]) -> dict[str, dict]:
+    """Split of each fold, or each site left out, by name."""
+    unknown = set(splits) - {"folds", "seed", "test"}
+    if unknown:
+        raise InputError(f"splits has folds, seed and test, not {sorted(unknown)[0]!r}")
+    folds, seed, test = splits.get("folds", 10), splits.get("seed", 0), splits.get("test", "all")
+    if test == "sites":
+        sites = sorted({str(run["site"]) for run in runs})
+        return {site: make_splits(runs, folds=folds, seed=seed, test_site=site) for site in sites}
+    chosen = range(folds) if test == "all" else test
+    return {str(fold): make_splits(runs, folds=folds, fold=fold, seed=seed) for fold in chosen}
+
+
+def _refuse_shared_files(what: str, names: Iterable[str]) -> None:
+    """Raise `InputError` if two names differ only in characters that file names of cells do not keep."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(slug(name), name)
+        if other != name:
+            raise InputError(f"{what} {other!r} and {name!r} would both be filed under {slug(name)!r}; rename one")
+
+
+def run_sweep(sweep: Sweep, workers: int = 1, scheduler: str | None = None) -> list[str]:
+    """Run every cell that is not finished; one that fails never stops the others.
+
+    Args:
+        sweep: what to run.
+        workers: cells at a time on this machine.
+        scheduler: address of a Dask scheduler whose workers see the same files; they run the cells instead.
+
+    Returns:
+        What went wrong, one sentence per failed cell; empty if all are finished.
+    """
+    cells = plan_cells(sweep)
+    _write_plan(sweep, cells)
+    todo = [cell for cell in cells if not is_finished(cell)]
+    logger.info("%d of %d cells are finished; %d to run", len(cells) - len(todo), len(cells), len(todo))
+    with _executor(workers, scheduler) as executor:
+        # bars of their own: baselines are fast, and would spoil the estimate
+        failures = _run_all(executor, [cell for cell in todo if cell.baseline], "baselines")
+        return failures + _run_all(executor, [cell for cell in todo if not cell.baseline], "networks")
+
+
+def _run_all(executor: Executor, cells: Sequence[Cell], what: str) -> list[str]:
+    """Run cells in any order, with a bar that estimates the time left; return what went wrong.
+
+    The estimate rests on the mean rate: cells that began together end together, which misleads a recent rate.
+    """
+    failures = []
+    futures = {executor.submit(run_cell, cell): cell for cell in cells}
+    with tqdm(total=len(cells), desc=what, unit="cell", smoothing=0, disable=not cells) as bar:
+        for future in as_completed(futures):
+            error = _error(future)
+            if error is not None:
+                failures.append(f"{Path(futures[future].folder).name}: {error}")
+                logger.error("cell %s", failures[-1], exc_info=None if isinstance(error, InputError) else error)
+            bar.update()
+    return failures
+
+
+def _error(future: Future) -> BaseException | None:
+    if future.cancelled():  # by Dask
+        return InputError("the connection to the Dask scheduler was lost; start it again, and the sweep")
+    return future.exception()
+
+
+@contextmanager
+def _executor(workers: int, scheduler: str | None) -> Iterator[Executor]:
+    if scheduler is None:
+        pool = ThreadPoolExecutor(workers)  # each cell's work is in processes of its own
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)  # when interrupted, begin no other cell
+        return
+    with dask_executor(scheduler) as (remote, _):
+        yield remote
+
+
+def describe_data(store: str | Path) -> dict[str, Any]:
+    """Summary of a store for the report; ``synthetic`` is None where the source files are gone."""
+    manifest = read_manifest(store)
+    runs = manifest["runs"]
+    table = pd.DataFrame([{key: run[key] for key in ("participant_id", "site", "diagnosis")} for run in runs])
+    people = table.drop_duplicates("participant_id").fillna("unknown").astype(str)
+    counts = people.groupby(["site", "diagnosis"]).size().rename("participants").reset_index()
+    return {
+        "store": str(Path(store).absolute()),
+        "runs": len(runs),
+        "participants": len(people),
+        "by_site_and_diagnosis": counts.to_dict("records"),
+        "frames": {"least": min(run["frames"] for run in runs), "most": max(run["frames"] for run in runs)},
+        "tr_in_s": sorted({run["tr_in"] for run in runs}),
+        "parameters": manifest["parameters"],
+        "parameters_hash": manifest["parameters_hash"],
+        "synthetic": is_synthetic([run["source"] for run in runs]),
+    }
+
+
+def is_synthetic(sources: Sequence[str]) -> bool | None:
+    """Whether any file lies in a cohort made by `bundle.experiments.synthetic`; None if no file exists any more."""
+    folders = {folder for source in sources for folder in list(Path(source).parents)[:4]}
+    if any((folder / "truth.json").is_file() for folder in folders):
+        return True
+    return False if any(Path(source).is_file() for source in sources) else None
+
+
+def _write_plan(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    """Keep in the results folder what the report needs: the plan, the data's summary and the exact configs."""
+    results = Path(sweep.results)
+    plan = asdict(sweep) | {"cells": {Path(cell.folder).name: cell.sha256 for cell in cells}}
+    plan["directory"] = str(Path.cwd())
+    write_json(results / "sweep.json", plan)
+    write_json(results / "data.json", describe_data(sweep.store))
+    masks = [strategy.mask for strategy in map(_strategy, sweep.strategies) if strategy.mask is not None]
+    for name in dict.fromkeys(["pretrain", "train", "evaluate", *sweep.steps, *sweep.configs, *masks]):
+        file = config_file(name)
+        write_text(results / "configs" / f"{slug(name.removesuffix('.json'))}.json", file.read_text())

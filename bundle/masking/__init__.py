@@ -1,0 +1,1 @@
+"""What is hidden from the network: draws, dictionary transforms, and the curriculum."""

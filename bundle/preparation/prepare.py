@@ -1,0 +1,380 @@
+"""Prepare a dataset: every run from NIfTI to the store, skipping what is current and naming what failed."""
+
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from bundle.anatomy import atlas, grid
+from bundle.errors import InputError
+from bundle.preparation import run_report, store
+from bundle.preparation.bold import TR_RANGE, open_bold
+from bundle.preparation.confounds import Cleaning, clean_frames
+from bundle.preparation.sources import Run
+from bundle.preparation.transforms import (
+    CLIP_FRAMES,
+    CONSTANT,
+    MIN_OVERLAP,
+    TR_SECONDS,
+    LoadBOLDd,
+    ResampleTRd,
+    StoreRund,
+    ToGridd,
+    ZScored,
+)
+from bundle.workers import each_on
+
+logger = logging.getLogger(__name__)
+
+PARTICIPANT_COLUMNS = ("participant_id", "site", "diagnosis", "participant")
+GOOD_OVERLAP = 0.8  # less of the MNI152 brain mask is worth a look
+LARGE_BRAIN = 1.5  # and so is a brain mask of this many times its volume
+_STATUSES = ("prepared", "updated", "current", "excluded", "failed")
+_PACKAGES = ("numpy", "scipy", "nibabel", "nilearn", "monai", "torch")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What shapes a prepared run, and which runs may enter a store.
+
+    Attributes:
+        tr: spacing of the stored frames, seconds, 0.1 to 20.
+        min_frames: the fewest frames a stored run may have.
+        min_overlap: the least share, 0 to 1, of the MNI152 brain mask that a run's brain must contain.
+        min_coverage: a region of which a run's brain contains less than this share, 0 to 1, has low coverage.
+        on_low_coverage: "warn" in the summary and the report, or "exclude" the run (and say so there).
+        cleaning: confound regression, scrubbing and band-pass; none by default.
+    """
+
+    tr: float = TR_SECONDS
+    min_frames: int = CLIP_FRAMES
+    min_overlap: float = MIN_OVERLAP
+    min_coverage: float = 0.5
+    on_low_coverage: str = "warn"
+    cleaning: Cleaning = field(default_factory=Cleaning)
+
+    def __post_init__(self) -> None:
+        if not TR_RANGE[0] <= self.tr <= TR_RANGE[1]:
+            raise InputError(f"the prepared TR must be {TR_RANGE[0]} to {TR_RANGE[1]} seconds, not {self.tr}")
+        if self.min_frames < 1:
+            raise InputError(f"min_frames must be at least 1, not {self.min_frames}")
+        for name in ("min_overlap", "min_coverage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if self.on_low_coverage not in ("warn", "exclude"):
+            raise InputError(f"on_low_coverage must be warn or exclude, not {self.on_low_coverage!r}")
+
+    def parameters(self) -> dict[str, Any]:
+        """Everything that shapes a stored run, as JSON values; which regions it must cover does not."""
+        return {
+            "tr": self.tr,
+            "min_frames": self.min_frames,
+            "min_overlap": self.min_overlap,
+            "grid_shape": list(grid.SHAPE),
+            "grid_affine": grid.AFFINE.tolist(),
+            "interpolation": "linear in world space and in time",
+            "background": f"the given brain mask, else {CONSTANT}",
+            "cleaning": asdict(self.cleaning) if self.cleaning else None,
+            "scaling": "z over all brain voxels and frames, population SD",
+            "fill": "least z of the run",
+            "dtype": "float16",
+        }
+
+    @property
+    def parameters_hash(self) -> str:
+        """sha256 of `parameters`, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.parameters(), sort_keys=True).encode()).hexdigest()
+
+
+class ExcludedError(InputError):
+    """A run that could be prepared is left out, as the user chose."""
+
+
+def prepare(
+    runs: Sequence[Run],
+    folder: str | Path,
+    preparation: Preparation | None = None,
+    workers: int = 1,
+    scheduler: str | None = None,
+) -> dict[str, Any]:
+    """Prepare runs into a store; a bad run is listed with its reason and never stops the others.
+
+    A run is current, and skipped, when its files' hashes, TR, space and the preparation's parameters are those it was
+    prepared with and its arrays are intact. When only its participant's columns changed, only they are rewritten.
+    The store gets summary.tsv and report.html, one row per run. Interrupted and started again, or shared out among
+    any number of workers, it ends with the same bytes.
+
+    Args:
+        runs: from `bundle.preparation.sources`.
+        folder: the store, made if absent.
+        preparation: parameters; None takes the defaults.
+        workers: processes on this machine; each needs about 2 GiB for a run of 400 frames.
+        scheduler: address of a Dask scheduler whose workers are used instead; they must see the same files.
+
+    Returns:
+        {"rows": one dictionary per run ("run_id", "participant_id", "status", "reason", ...), "prepared": n,
+        "updated": n, "current": n, "excluded": n, "failed": n}; the caller decides what a failure means.
+
+    Raises:
+        InputError: there are no runs, a worker process was killed, or Dask cannot be used.
+        StoreWriteError: the store cannot be written; nothing half-written is left, and running again goes on.
+    """
+    if not runs:
+        raise InputError("there are no runs to prepare; check the source")
+    preparation = preparation or Preparation()
+    store.clean_unfinished(folder)
+    stored = store.read_records(folder)
+    store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
+
+    with each_on(workers, scheduler) as each:
+        identities = identify_all(preparation, runs, stored, each)
+        rows = [
+            _plan(preparation, run, identity, stored.get(run["run_id"]), folder)
+            for run, identity in zip(runs, identities, strict=True)
+        ]
+        todo = [index for index, row in enumerate(rows) if row["status"] == "to do"]
+        tasks = [(runs[index], identities[index]) for index in todo]
+        for index, row in zip(todo, each(partial(_attempt, preparation, folder), tasks, "preparing"), strict=True):
+            rows[index] = row
+    for row in rows:
+        if row["status"] == "excluded":
+            store.remove_run(folder, row["run_id"])
+        elif row["status"] == "failed" and row["run_id"] in stored:
+            row["reason"] += "; the store still holds the version prepared earlier"
+
+    manifest = store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
+    if unlisted := sorted({run["run_id"] for run in manifest["runs"]} - {run["run_id"] for run in runs}):
+        logger.warning(
+            "%s holds %d runs that are not in this source and stay in use, such as %s; where they should not be, take "
+            "their folders out of %s/runs and prepare again", folder, len(unlisted), unlisted[0], folder,
+        )  # fmt: skip
+    run_report.write(rows, folder, "summary.tsv", "report.html", f"Prepared runs of {Path(folder).name}")
+    counts = {status: sum(row["status"] == status for row in rows) for status in _STATUSES}
+    logger.info("%s: %s", folder, ", ".join(f"{count} {status}" for status, count in counts.items()))
+    for row in rows:
+        if row["status"] == "excluded" or row["warnings"]:
+            logger.warning("%s: %s", row["run_id"], row["reason"] or row["warnings"])
+    return {"rows": rows} | counts
+
+
+def refuse_failed_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Turn failures among the rows of `prepare` into an error, so that the exit status tells of them.
+
+    Raises:
+        InputError: at least one run failed; names how many, the first and its reason.
+    """
+    failed = [row for row in rows if row["status"] == "failed"]
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(rows)} runs failed and the others are done; the first is {failed[0]['run_id']}: "
+            f"{failed[0]['reason']} (all are in the summary and the report)"
+        )
+
+
+def identify_all(
+    preparation: Preparation, runs: Sequence[Run], stored: Mapping[str, dict], each: Callable
+) -> list[dict[str, Any]]:
+    """What decides whether each run is current, duplicates marked; {"problem": why} where a run cannot be used."""
+    identities = each(partial(_identify, preparation), runs, "checking")
+    _refuse_duplicates(runs, identities, stored)
+    return identities
+
+
+def _identify(preparation: Preparation, run: Run) -> dict[str, Any]:
+    """What decides whether a stored run is current; {"problem": why} where the run cannot be used."""
+    if "problem" in run:
+        return {"problem": run["problem"]}
+    try:
+        store.check_run_id(run["run_id"])
+        bold = open_bold(run["bold"], run["tr"], run["space"])
+        files = sorted({holder.filename for holder in bold.image.file_map.values()})
+        return {
+            "source_sha256": store.file_sha256(*files),
+            "mask_sha256": None if run["mask"] is None else store.file_sha256(run["mask"]),
+            "confounds_sha256": _confounds_sha256(run, preparation),
+            "tr_in": bold.tr,
+            "space": bold.space,
+            "parameters_hash": preparation.parameters_hash,
+        }
+    except InputError as error:
+        return {"problem": str(error)}
+    except Exception as error:
+        logger.exception("checking %s failed unexpectedly", run["bold"])
+        return {"problem": _unexpected(run, error)}
+
+
+def _unexpected(run: Run, error: Exception) -> str:
+    return f"{run['bold']} failed unexpectedly: {type(error).__name__}: {error}"
+
+
+def _confounds_sha256(run: Run, preparation: Preparation) -> str | None:
+    if not (preparation.cleaning.confounds or preparation.cleaning.max_fd) or run["confounds"] is None:
+        return None
+    return store.file_sha256(run["confounds"])
+
+
+def _refuse_duplicates(runs: Sequence[Run], identities: Sequence[dict], stored: Mapping[str, dict]) -> None:
+    """Mark every run whose id or content another run has too: which of them is right cannot be known."""
+    by_id, by_content = defaultdict(list), defaultdict(list)
+    ids = {run["run_id"] for run in runs}
+    for index, (run, identity) in enumerate(zip(runs, identities, strict=True)):
+        by_id[run["run_id"].casefold()].append(index)  # some disks take a and A for one name
+        if "problem" not in identity:
+            by_content[identity["source_sha256"]].append(index)
+    others = {
+        record["source_sha256"]: f"{run_id} in the store" for run_id, record in stored.items() if run_id not in ids
+    }
+    for members in by_id.values():
+        for index in members if len(members) > 1 else ():
+            identities[index]["problem"] = (
+                f"{len(members)} runs have the run id {runs[index]['run_id']} (capitals aside); give each its own"
+            )
+    for run, identity in zip(runs, identities, strict=True):
+        older = stored.get(run["run_id"])
+        if older and "problem" not in identity and _is_another(run, identity, older):
+            identity["problem"] = (
+                f"the store holds another {run['run_id']}, from {older['source']}, than {run['bold']}; use a store of "
+                f"its own or another run id, or take runs/{run['run_id']} out of the store if this one replaces it"
+            )
+    for content, members in by_content.items():
+        names = {index: f"{runs[index]['run_id']} ({runs[index]['bold']})" for index in members}
+        for index in members:
+            same = [name for other, name in names.items() if other != index]
+            same += [others[content]] if content in others else []
+            if same and "problem" not in identities[index]:
+                identities[index]["problem"] = f"{names[index]} has the same content as {', '.join(same)}; keep one"
+
+
+def _is_another(run: Run, identity: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether neither the content nor the place of the file is that of a stored run: likely another subject's."""
+    return record["source_sha256"] != identity["source_sha256"] and record["source"] != str(
+        Path(run["bold"]).absolute()
+    )
+
+
+def _plan(
+    preparation: Preparation, run: Run, identity: Mapping[str, Any], stored: dict | None, folder: str | Path
+) -> dict[str, Any]:
+    """Decide on one run; rewrites the record where only the participant's columns changed."""
+    if "problem" in identity:
+        return row_of(run, preparation, "failed", reason=identity["problem"])
+    if stored is None or any(stored.get(key) != value for key, value in identity.items()):
+        return row_of(run, preparation, "to do")
+    if not store.is_intact(folder, stored):
+        return row_of(run, preparation, "to do")
+    if preparation.on_low_coverage == "exclude" and (low := low_coverage(stored, preparation)):
+        return row_of(run, preparation, "excluded", reason=low, record=stored)
+    columns = {key: run[key] for key in PARTICIPANT_COLUMNS}
+    if all(stored[key] == value for key, value in columns.items()):
+        return row_of(run, preparation, "current", record=stored)
+    record = stored | columns
+    store.write_record(folder, record)
+    return row_of(run, preparation, "updated", record=record)
+
+
+def _attempt(preparation: Preparation, folder: str | Path, task: tuple[Run, dict[str, Any]]) -> dict[str, Any]:
+    """Prepare one run; its own faults become its row's reason, a store that cannot be written stops the job."""
+    run, identity = task
+    return attempt(run, preparation, lambda: StoreRund(folder)(prepared_item(run, identity, preparation)), "prepared")
+
+
+def attempt(run: Run, preparation: Preparation, work: Callable[[], Mapping], status: str) -> dict[str, Any]:
+    """Do one run's work and give its row; what goes wrong with the run becomes the row's reason."""
+    try:
+        return row_of(run, preparation, status, record=work()["record"])
+    except store.StoreWriteError:
+        raise
+    except ExcludedError as error:
+        return row_of(run, preparation, "excluded", reason=str(error))
+    except InputError as error:
+        return row_of(run, preparation, "failed", reason=str(error))
+    except Exception as error:
+        logger.exception("preparing %s failed unexpectedly", run["bold"])
+        return row_of(run, preparation, "failed", reason=_unexpected(run, error))
+
+
+def prepared_item(run: Run, identity: Mapping[str, Any], preparation: Preparation) -> dict[Any, Any]:
+    """Bring one run onto the grid, to the TR and to z.
+
+    Args:
+        run: from `bundle.preparation.sources`.
+        identity: hashes and the like, to be kept in the record.
+        preparation: parameters.
+
+    Returns:
+        "bold" (T, V) float16 z, "voxels" (V,), "fill", and "record", as in run.json.
+
+    Raises:
+        InputError: the run cannot be used (`ExcludedError`: it is left out by choice).
+    """
+    item: dict[Any, Any] = {key: run[key] for key in ("bold", "mask", "tr", "space")}
+    item = ToGridd(min_overlap=preparation.min_overlap)(LoadBOLDd()(item))
+    brain = np.zeros(grid.SHAPE, bool)
+    brain.ravel()[item["voxels"]] = True
+    labels = atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE)
+    item["record"] |= {
+        "run_id": run["run_id"],
+        **{key: run[key] for key in PARTICIPANT_COLUMNS},
+        **identity,
+        "voxels": len(item["voxels"]),
+        "coverage": atlas.region_coverage(labels, brain),
+        "cleaning": None,
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+    if preparation.on_low_coverage == "exclude" and (low := low_coverage(item["record"], preparation)):
+        raise ExcludedError(low)
+    if preparation.cleaning:
+        item["bold"], item["record"]["cleaning"] = clean_frames(
+            item["bold"], item["record"]["tr_in"], preparation.cleaning, Path(run["bold"]), run["confounds"]
+        )
+    item = ResampleTRd(tr=preparation.tr, min_frames=preparation.min_frames)(item)
+    return ZScored()(item)
+
+
+def low_coverage(record: Mapping[str, Any], preparation: Preparation) -> str:
+    """One sentence on the regions that a run covers too little, or nothing."""
+    low = {name: share for name, share in record["coverage"].items() if share < preparation.min_coverage}
+    if not low:
+        return ""
+    listed = ", ".join(f"{name} {share:.0%}" for name, share in low.items())
+    return f"{record['run_id']} covers less than {preparation.min_coverage:.0%} of {listed}"
+
+
+def row_of(
+    run: Run, preparation: Preparation, status: str, reason: str = "", record: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A run's row of the summary and the reports."""
+    row = {key: run[key] for key in ("run_id", "participant_id", "site", "diagnosis")}
+    row |= {"status": status, "reason": reason, "warnings": ""}
+    if record is None:
+        return row
+    row["warnings"] = "; ".join(_warnings(record, preparation))
+    row |= {key: record[key] for key in ("axcodes_in", "space", "tr_in", "tr_source", "frames_in", "frames")}
+    sizes = nib.affines.voxel_sizes(np.array(record["affine_in"]))
+    row["voxel_mm"] = " x ".join(f"{size:.4g}" for size in sizes)
+    row |= {key: record[key] for key in ("voxels", "mean", "sd", "mni_overlap")}
+    row |= {f"coverage_{region}": share for region, share in record["coverage"].items()}
+    row["censored"] = record["cleaning"]["censored"] if record["cleaning"] else 0
+    return row | {"source": record["source"], "source_sha256": record["source_sha256"]}
+
+
+def _warnings(record: Mapping[str, Any], preparation: Preparation) -> list[str]:
+    found = [low_coverage(record, preparation)]
+    if record["mni_overlap"] < GOOD_OVERLAP:
+        found.append(f"only {record['mni_overlap']:.0%} of the MNI brain is covered")
+    times = record["voxels"] / int(grid.mni_brain().sum())
+    if times > LARGE_BRAIN:
+        found.append(f"its brain mask has {times:.1f} times the volume of the MNI brain; give one without background")
+    missing = [name for name in ("site", "diagnosis") if record[name] is None]
+    if missing:
+        found.append(f"no {' and no '.join(missing)}")
+    return [warning for warning in found if warning]

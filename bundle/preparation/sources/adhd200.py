@@ -1,0 +1,194 @@
+"""ADHD-200 as the Athena pipeline distributes it, and nilearn's sample of 40 subjects.
+
+Athena: https://www.nitrc.org/plugins/mwiki/index.php/neurobureau:AthenaPipeline. Its runs are in MNI space at 4 mm:
+`snwmrda<ID>_session_<N>_rest_<M>.nii.gz`, and the same band-passed, `sfnwmrda...`, whose values lie around 0.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bundle.errors import InputError
+from bundle.preparation.sources.participants import (
+    CASE,
+    CONTROL,
+    Labels,
+    Run,
+    files_below,
+    refuse_repeats,
+    with_participant,
+)
+
+ATHENA = re.compile(r"sf?nwmrda(?P<id>\d{5,7})_session_(?P<session>\d+)_rest_(?P<rest>\d+)\.nii(\.gz)?")
+NILEARN = re.compile(r"(?P<id>\d{7})_rest_tshift_RPI_voreg_mni\.nii(\.gz)?")
+NILEARN_TABLE = "ADHD200_40subs_motion_parameters_and_phenotypics.csv"
+SITES = {
+    1: "Peking",
+    2: "Brown",
+    3: "KKI",
+    4: "NeuroIMAGE",
+    5: "NYU",
+    6: "OHSU",
+    7: "Pittsburgh",
+    8: "WashU",
+}
+"""Site codes of the phenotypic key, http://fcon_1000.projects.nitrc.org/indi/adhd200/."""
+DX = {0: "TDC", 1: "ADHD-Combined", 2: "ADHD-Hyperactive/Impulsive", 3: "ADHD-Inattentive"}
+MISSING = ("-999", "-999.0", "pending", "withheld", "n/a", "nan", "")
+ID = "ScanDir ID"
+
+
+def from_adhd200(
+    paths: Sequence[Path], root: Path, participants: str | Path | None = None, labels: Labels = "required"
+) -> list[Run]:
+    """List Athena's runs, every session and run of every subject, with the phenotypic tables beside them.
+
+    Args:
+        paths: files; those named otherwise than Athena's runs are left out.
+        root: the folder they were looked for in.
+        participants: phenotypic table; by default every .csv and .tsv in `root`, the folders below it and the one
+            above that has a "ScanDir ID" column.
+        labels: see `from_bids`; a DX of -999, pending or withheld is a missing label.
+
+    Returns:
+        Runs sorted by run id (see the package). Participants are `sub-<ID of 7 digits>`, as in the BIDS release.
+
+    Raises:
+        InputError: band-passed and unfiltered versions of one run are both there, or a table cannot be used.
+    """
+    found = [(path, match) for path in paths if (match := ATHENA.fullmatch(path.name))]
+    kinds = {path.name[:2] for path, _ in found}
+    if len(kinds) > 1:
+        raise InputError(
+            f"{root} holds band-passed (sfnwmrda) and unfiltered (snwmrda) runs; choose one with a glob, such as "
+            f"'{root}/**/sfnwmrda*.nii.gz'"
+        )
+    table = _phenotypes(root, participants, labels)
+    runs = []
+    for path, match in found:
+        subject = match["id"].zfill(7)
+        run = {
+            "run_id": f"sub-{subject}_ses-{match['session']}_task-rest_run-{match['rest']}",
+            "participant_id": f"sub-{subject}", "bold": path, "mask": None, "confounds": None, "tr": None,
+            "space": "MNI152",
+        }  # fmt: skip
+        runs.append(_with_phenotype(run, table.get(subject), labels))
+    return refuse_repeats(runs, root)
+
+
+def from_nilearn_adhd(
+    paths: Sequence[Path], root: Path, participants: str | Path | None = None, labels: Labels = "required"
+) -> list[Run]:
+    """List the runs of the folder that `nilearn.datasets.fetch_adhd` downloads, `<data_dir>/adhd`.
+
+    Args:
+        paths: files; those named otherwise than the sample's runs are left out.
+        root: the folder, which holds `ADHD200_40subs_motion_parameters_and_phenotypics.csv`.
+        participants: that table, if it lies elsewhere.
+        labels: see `from_bids`.
+
+    Returns:
+        Runs sorted by run id (see the package), with their regressors as confounds. The TR is each header's: nilearn
+        gives 2.0 s for all sites, which is not so for each of them.
+
+    Raises:
+        InputError: the table cannot be used.
+    """
+    given = participants or next((path for path in files_below(root) if path.name == NILEARN_TABLE), None)
+    if given is None and labels == "required":
+        raise InputError(f"{root} holds no {NILEARN_TABLE}; give the table, or labels=optional")
+    table = {} if given is None else _nilearn_table(Path(given))
+    runs = []
+    for path in paths:
+        if match := NILEARN.fullmatch(path.name):
+            regressors = path.with_name(f"{match['id']}_regressors.csv")
+            run = {
+                "run_id": f"sub-{match['id']}_task-rest", "participant_id": f"sub-{match['id']}", "bold": path,
+                "mask": None, "confounds": regressors if regressors.is_file() else None, "tr": None, "space": "MNI152",
+            }  # fmt: skip
+            runs.append(_with_phenotype(run, table.get(match["id"]), labels))
+    return refuse_repeats(runs, root)
+
+
+def _with_phenotype(run: Run, row: dict[str, Any] | None, labels: Labels) -> Run:
+    problem = None if row is not None else f"{run['participant_id']} has no row in the phenotypic table"
+    if row is not None and row["diagnosis"] is None:
+        problem = f"{run['participant_id']} has no diagnosis (DX is {row['DX']!r})"
+    return with_participant(run, row or {}, labels, problem)
+
+
+def _phenotypes(root: Path, given: str | Path | None, labels: Labels) -> dict[str, dict[str, Any]]:
+    """Phenotypes by seven-digit id; a subject in several tables must be the same in all."""
+    places = [*files_below(root), *root.resolve().parent.glob("*")]
+    tables = [Path(given)] if given is not None else [p for p in sorted(set(places)) if p.suffix in (".csv", ".tsv")]
+    by_id: dict[str, dict[str, Any]] = {}
+    for path in tables:
+        rows = _read(path)
+        if ID not in rows or "DX" not in rows:
+            if given is not None:
+                raise InputError(f"{path} has no column {ID!r} or 'DX'; give ADHD-200's phenotypic table")
+            continue
+        for cells in rows.to_dict("records"):
+            row = _phenotype(cells, path)
+            known = by_id.setdefault(str(cells[ID]).removesuffix(".0").zfill(7), row)
+            if any(known[key] != row[key] and None not in (known[key], row[key]) for key in ("site", "diagnosis")):
+                raise InputError(f"{path} gives {cells[ID]} another site or diagnosis than another table; correct it")
+            by_id[str(cells[ID]).removesuffix(".0").zfill(7)] = known if known["diagnosis"] is not None else row
+    if not by_id and labels == "required":
+        raise InputError(f"{root} holds no phenotypic table with {ID!r} and 'DX'; give it, or labels=optional")
+    return by_id
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """A table as text, under its columns' usual names: the sites' own tables write "ScanDirID" and "Dx"."""
+    separator = "\t" if path.suffix == ".tsv" else ","
+    try:
+        rows = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding_errors="replace")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a table ({error}); check the path") from error
+    usual = {"scandirid": ID, "dx": "DX", "site": "Site"}
+    return rows.rename(columns=lambda name: usual.get(re.sub(r"[^a-z]", "", name.lower()), name))
+
+
+def _phenotype(cells: dict[str, str], path: Path) -> dict[str, Any]:
+    values = {key: _value(text) for key, text in cells.items()}
+    dx, site = values["DX"], values.get("Site")
+    if dx is not None and not (isinstance(dx, int) and dx in DX):
+        raise InputError(f"{path} has the DX {dx!r} for {cells[ID]}; it must be 0 to 3, -999, pending or withheld")
+    diagnosis = None if dx is None else CONTROL if dx == 0 else CASE
+    others = {key: value for key, value in values.items() if key not in (ID, "DX", "Site")}
+    name = SITES.get(site, str(site)) if isinstance(site, int) else site
+    return {
+        "site": name, "diagnosis": diagnosis, **others, "DX": cells["DX"].strip() if dx is None else DX[dx],
+    }  # fmt: skip
+
+
+def _value(text: str) -> int | float | str | None:
+    """A cell's number, text, or None for what the key calls missing."""
+    text = text.strip()
+    if text.lower() in MISSING:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
+
+
+def _nilearn_table(path: Path) -> dict[str, dict[str, Any]]:
+    rows = _read(path)
+    if missing := [column for column in ("Subject", "adhd", "Site") if column not in rows]:
+        raise InputError(f"{path} has no column {' or '.join(missing)}; give nilearn's {NILEARN_TABLE}")
+    by_id = {}
+    for cells in rows.to_dict("records"):
+        values = {key: _value(text) for key, text in cells.items()}
+        if values["adhd"] not in (0, 1, None):
+            raise InputError(f"{path} has adhd {cells['adhd']!r} for {cells['Subject']}; it must be 0, 1 or empty")
+        others = {key: value for key, value in values.items() if key not in ("Subject", "adhd", "Site")}
+        by_id[str(cells["Subject"]).zfill(7)] = {
+            "site": values["Site"], "diagnosis": values["adhd"], "DX": cells["adhd"], **others,
+        }  # fmt: skip
+    return by_id

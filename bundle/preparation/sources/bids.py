@@ -1,0 +1,84 @@
+"""BIDS derivatives, as fMRIPrep writes them."""
+
+from pathlib import Path
+from typing import Any
+
+from nilearn.interfaces.bids import get_bids_files
+
+from bundle.errors import InputError
+from bundle.preparation.bold import entities
+from bundle.preparation.sources.participants import (
+    Labels,
+    Run,
+    beside,
+    find_participants,
+    refuse_repeats,
+    run_id_of,
+    with_participant,
+)
+
+
+def from_bids(
+    derivatives: str | Path, participants: str | Path | None = None, labels: Labels = "required"
+) -> list[Run]:
+    """List the MNI-space preprocessed BOLD runs of a derivatives folder.
+
+    Takes `sub-*[/ses-*]/func/*_space-MNI*_desc-preproc_bold.nii[.gz]`, each with the `_desc-brain_mask` and the
+    `_desc-confounds_timeseries.tsv` beside it if there are any.
+
+    Args:
+        derivatives: the folder that holds the sub-* folders.
+        participants: participants.tsv; by default the one in `derivatives`, else in the nearest folder above, up to
+            two levels (as for a dataset's derivatives/fmriprep).
+        labels: "required" marks a run whose participant has no row or no diagnosis with a "problem"; "optional"
+            keeps it, as pretraining needs no label.
+
+    Returns:
+        Runs sorted by run id (see the package).
+
+    Raises:
+        InputError: no folder, no runs, two files for one run, or a table that cannot be used.
+    """
+    derivatives = Path(derivatives)
+    if not derivatives.is_dir():
+        raise InputError(f"{derivatives} is not a folder; give the derivatives folder that holds the sub-* folders")
+    paths = [path for path in bold_files(derivatives) if _is_preprocessed_mni(path)]
+    if not paths:
+        raise InputError(
+            f"{derivatives} holds no sub-*/[ses-*/]func/*_space-MNI*_desc-preproc_bold.nii[.gz]; check the path, or "
+            "that preprocessing wrote an MNI output space"
+        )
+    table = find_participants(derivatives, participants, labels)
+    return refuse_repeats([_run(path, table, labels) for path in paths], derivatives)
+
+
+def bold_files(folder: Path) -> list[Path]:
+    """Every `sub-*[/ses-*]/func/sub-*_bold.nii[.gz]` of a BIDS folder, raw or derived, by nilearn."""
+    names = get_bids_files(folder, file_tag="bold", file_type="nii*", modality_folder="func")
+    return [Path(name) for name in names if name.endswith((".nii", ".nii.gz"))]
+
+
+def _is_preprocessed_mni(path: Path) -> bool:
+    parts = entities(path)
+    return parts.get("space", "").startswith("MNI") and parts.get("desc") == "preproc"
+
+
+def _run(path: Path, participants: dict[str, dict[str, Any]], labels: Labels) -> Run:
+    parts = entities(path)
+    folder = next(part for part in reversed(path.parts[:-1]) if part.startswith("sub-"))
+    if f"sub-{parts.get('sub')}" != folder:
+        raise InputError(
+            f"{path} does not say its subject as BIDS does (sub-, letters and digits, as its folder {folder}); rename "
+            "it, or list the runs in a table"
+        )
+    row = participants.get(parts["sub"])
+    run = {
+        "run_id": run_id_of(path),
+        "participant_id": f"sub-{parts['sub']}",
+        "bold": path,
+        **beside(path),
+        "tr": None,
+        "space": None,
+    }
+    problem = None if row is not None else f"sub-{parts['sub']} has no row in participants.tsv"
+    return with_participant(run, row or {}, labels, problem)

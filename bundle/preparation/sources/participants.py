@@ -1,0 +1,159 @@
+"""Participants' tables, labels, and what lies beside a run: shared by every layout."""
+
+import glob
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from bundle.errors import InputError
+from bundle.preparation.bold import entities, stem
+
+Run = dict[str, Any]
+Labels = Literal["required", "optional"]
+
+CONTROL, CASE = 0, 1
+DIAGNOSES = {
+    "0": CONTROL,
+    "control": CONTROL,
+    "tdc": CONTROL,
+    "typically developing": CONTROL,
+    "1": CASE,
+    "adhd": CASE,
+    "adhd-combined": CASE,
+    "adhd-inattentive": CASE,
+    "adhd-hyperactive/impulsive": CASE,
+}
+TEXT_COLUMNS = ("participant_id", "run_id", "bold", "mask", "confounds", "space", "site", "diagnosis")
+_OUTPUT_ENTITIES = ("space", "cohort", "res", "den", "desc")  # say how a run was processed, not which run it is
+
+
+def run_id_of(path: Path) -> str:
+    """A BIDS file's run id: its entities without those of the output (space, res, desc), as `sub-01_task-rest`."""
+    kept = {key: value for key, value in entities(path).items() if key not in _OUTPUT_ENTITIES}
+    return "_".join(f"{key}-{value}" for key, value in kept.items())
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Everything below a folder, sorted; linked folders are followed, hidden ones (.git) are not."""
+    return sorted(Path(name) for name in glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))  # noqa: PTH207
+
+
+def beside(bold: Path) -> dict[str, Path | None]:
+    """The brain mask and the confounds that fMRIPrep has written beside a run, None where there are none."""
+    preprocessed = stem(bold).removesuffix("_desc-preproc_bold")
+    named = preprocessed != stem(bold)
+    masks = [bold.with_name(f"{preprocessed}_desc-brain_mask{ending}") for ending in (".nii.gz", ".nii")]
+    confounds = bold.with_name(f"{run_id_of(bold)}_desc-confounds_timeseries.tsv")
+    return {
+        "mask": next((mask for mask in masks if mask.is_file()), None) if named else None,
+        "confounds": confounds if named and confounds.is_file() else None,
+    }
+
+
+def read_participants(path: Path, labels: Labels) -> dict[str, dict[str, Any]]:
+    """Read participants.tsv (or .csv): rows by participant_id without "sub-".
+
+    Raises:
+        InputError: the table cannot be used, or gives a participant two rows.
+    """
+    rows = read_table(path, ["participant_id", *(("site", "diagnosis") if labels == "required" else ())])
+    by_id: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(records(rows), start=2):
+        if row["participant_id"] is None:
+            raise InputError(f"{path} has no participant_id in line {number}; fill it in, or remove the line")
+        key = row["participant_id"].removeprefix("sub-")
+        if key in by_id:
+            raise InputError(f"{path} has more than one row for {row['participant_id']}; keep one")
+        by_id[key] = row
+    return by_id
+
+
+def find_participants(folder: Path, given: str | Path | None, labels: Labels) -> dict[str, dict[str, Any]]:
+    """Rows of the given table, else of participants.tsv in a folder or up to two above; {} if labels are optional.
+
+    Raises:
+        InputError: labels are required and there is no table, or it cannot be used.
+    """
+    folders = [folder, *list(folder.resolve().parents)[:2]]
+    found = [place / "participants.tsv" for place in folders if (place / "participants.tsv").is_file()]
+    if given is None and not found:
+        if labels == "optional":
+            return {}
+        raise InputError(f"there is no participants.tsv in {folder} or two folders up; give one, or labels=optional")
+    return read_participants(Path(given) if given is not None else found[0], labels)
+
+
+def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
+    """Read a .csv or .tsv table, its diagnoses as 0 (control), 1 (case) or missing.
+
+    Raises:
+        InputError: it cannot be read, lacks a required column, is empty, or has an unknown diagnosis.
+    """
+    separators = {".csv": ",", ".tsv": "\t"}
+    if path.suffix not in separators:
+        raise InputError(f"{path} must be a .csv or .tsv table")
+    try:
+        rows = pd.read_csv(path, sep=separators[path.suffix], dtype=dict.fromkeys(TEXT_COLUMNS, str))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a table ({error}); check the path and the columns") from error
+    missing = [column for column in required if column not in rows]
+    if missing:
+        raise InputError(f"{path} has no column {' or '.join(missing)}; its columns are {', '.join(rows)}")
+    if rows.empty:
+        raise InputError(f"{path} has no rows; add the participants")
+    if not isinstance(rows.index, pd.RangeIndex):  # pandas then takes the first column for an index
+        raise InputError(f"{path} has rows with more fields than its header; remove the separator at their ends")
+    for column in rows.columns.intersection(TEXT_COLUMNS):
+        rows[column] = rows[column].str.strip()  # "sub-01 " and "sub-01", or "A " and "A", are one
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, "site", "diagnosis"])))
+    # 1.0 is how pandas writes whole numbers beside gaps
+    texts = rows["diagnosis"].astype(str).str.strip().str.lower().str.removesuffix(".0").mask(rows["diagnosis"].isna())
+    if unknown := sorted(set(texts.dropna()) - DIAGNOSES.keys()):
+        raise InputError(f"{path} has the diagnosis {', '.join(unknown)}; use 0 or control, 1 or ADHD, or n/a")
+    return rows.assign(diagnosis=texts.map(DIAGNOSES))
+
+
+def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as dictionaries of plain Python values, None where a cell is empty or n/a."""
+    return [
+        {str(key): None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        for row in rows.astype(object).to_dict("records")
+    ]
+
+
+def with_participant(run: Run, row: dict[str, Any], labels: Labels, problem: str | None) -> Run:
+    """Add a participant's site, diagnosis and other columns; marks what is missing as a problem where required."""
+    known = {*TEXT_COLUMNS, "tr"}
+    run |= {
+        "site": row.get("site"),
+        "diagnosis": None if row.get("diagnosis") is None else int(row["diagnosis"]),
+        "participant": {  # JSON has no infinity
+            key: str(value) if value in (math.inf, -math.inf) else value
+            for key, value in row.items()
+            if key not in known
+        },
+    }
+    if labels == "required":
+        for column in ("diagnosis", "site"):
+            if problem is None and run[column] is None:
+                problem = f"{run['participant_id']} has no {column} in the participants' table"
+        if problem is not None:
+            run["problem"] = f"{problem}; add it, or prepare with labels=optional (enough for pretraining)"
+    return run
+
+
+def refuse_repeats(runs: Sequence[Run], where: str | Path) -> list[Run]:
+    """Runs sorted by run id.
+
+    Raises:
+        InputError: two files have the same run id, so they are two versions of one run.
+    """
+    for run_id, count in Counter(run["run_id"] for run in runs).items():
+        if count > 1:
+            names = " and ".join(run["bold"].name for run in runs if run["run_id"] == run_id)
+            raise InputError(f"{where} holds {names}, which are one run; keep one, or list the runs in a table")
+    return sorted(runs, key=lambda run: run["run_id"])

@@ -1,0 +1,1 @@
+"""What is predicted: target, loss, subject score, and the columns of predictions."""

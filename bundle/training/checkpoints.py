@@ -1,0 +1,284 @@
+"""Checkpoints: written atomically, resumed only under the same settings, loaded without running code."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from torch import nn
+
+from bundle.data.splits import load_splits
+from bundle.errors import InputError
+from bundle.preparation.store import file_sha256, read_manifest, write_json
+from bundle.preparation.transforms import mask_kind
+
+logger = logging.getLogger(__name__)
+
+
+class Provenance:
+    """What a checkpoint was made with: saved inside it, and compared when it is loaded.
+
+    Args:
+        facts: name and JSON value of everything that must not change between the runs that share a checkpoint.
+    """
+
+    def __init__(self, **facts: Any) -> None:
+        self.facts: dict[str, Any] = json.loads(json.dumps(facts))
+
+    def state_dict(self) -> dict[str, str]:
+        """Return the facts as one JSON string, which ``torch.load(weights_only=True)`` accepts."""
+        return {"facts": json.dumps(self.facts)}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Compare with the facts of a checkpoint.
+
+        Raises:
+            InputError: a fact differs; the message names it and both values.
+        """
+        self.require(json.loads(state["facts"]), list(self.facts), "the checkpoint")
+
+    def require(
+        self,
+        facts: Mapping[str, Any],
+        names: list[str],
+        source: str | Path,
+        advice: str = "use the same settings, or give another --output_dir",
+    ) -> None:
+        """Refuse ``facts`` of ``source`` that differ from ours in one of ``names``; ``advice`` says what to do."""
+        for name in names:
+            theirs, ours = facts.get(name), self.facts.get(name)
+            if theirs == ours:
+                continue
+            if isinstance(theirs, dict) and isinstance(ours, dict):  # of a network's many sizes, those that differ
+                differing = [key for key in theirs | ours if theirs.get(key) != ours.get(key)]
+                theirs, ours = ({key: side.get(key) for key in differing} for side in (theirs, ours))
+            raise InputError(f"{source}: was made with {name} {theirs!r}, but this run has {ours!r}; {advice}")
+
+
+def training_provenance(
+    store: str | Path, splits_file: str | Path, network: Mapping[str, Any], **settings: Any
+) -> Provenance:
+    """Facts of a training run: the store's preparation and brain masks, the split, network sizes, settings."""
+    manifest = read_manifest(store)
+    return Provenance(
+        preparation=manifest["parameters_hash"],
+        brain_masks=sorted({mask_kind(run) for run in manifest["runs"]}),
+        splits=load_splits(splits_file)["sha256"],
+        network=dict(network),
+        **settings,
+    )
+
+
+class KeepCheckpoints:
+    """Trainer's handler: resume from ``last.pt`` if there is one, then keep ``last.pt`` and ``best.pt``.
+
+    Both are replaced atomically at the end of each epoch. Attach it after the validation handler, so that the
+    epoch's validation metric is known.
+
+    Args:
+        folder: where the checkpoints lie; made if absent.
+        objects: what to save and resume, name to object with ``state_dict`` and ``load_state_dict``.
+        provenance: saved with them, and compared before anything is resumed.
+        metric: returns the epoch's validation metric.
+        lower_is_better: how ``best.pt`` is chosen.
+        patience: stop after so many epochs in a row without a better metric; 0 never stops early.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        objects: Mapping[str, Any],
+        provenance: Provenance,
+        metric: Callable[[], float],
+        lower_is_better: bool,
+        patience: int = 0,
+    ) -> None:
+        self.folder = Path(folder)
+        self.objects = dict(objects) | {"provenance": provenance, "best": self}
+        self.provenance = provenance
+        self.metric = metric
+        self.sign = -1.0 if lower_is_better else 1.0
+        self.patience = patience
+        self.best = -float("inf")
+        self.best_epoch = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        self.objects["trainer"] = engine
+        engine.add_event_handler(Events.STARTED, self.resume)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def state_dict(self) -> dict[str, float]:
+        """Best validation metric so far, larger is better, and its epoch."""
+        return {"metric": self.best, "epoch": self.best_epoch}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore what `state_dict` returned."""
+        self.best, self.best_epoch = state["metric"], int(state["epoch"])
+
+    def resume(self, engine: Engine) -> None:
+        """Load ``last.pt`` where it exists, refusing one that was made with other settings."""
+        path = self.folder / "last.pt"
+        if not path.is_file():
+            logger.info("No checkpoint in %s: training starts from the first epoch", self.folder)
+            return
+        saved = load_checkpoint(path)
+        self.provenance.require(saved_facts(saved, path), list(self.provenance.facts), path)
+        max_epochs = engine.state.max_epochs
+        Checkpoint.load_objects(to_load=self.objects, checkpoint=saved, strict=True)
+        engine.state.max_epochs = max_epochs  # what this run asks for, not what the interrupted one did
+        logger.info("Resumed after epoch %d of %s from %s", engine.state.epoch, max_epochs, path)
+
+    def save(self, engine: Engine) -> None:
+        """Write ``last.pt`` and, where the validation metric is the best so far, ``best.pt``."""
+        score = self.sign * self.metric()
+        improved = score > self.best or not (self.folder / "best.pt").is_file()
+        if score > self.best:  # false for NaN: an undefined metric is never the best
+            self.best, self.best_epoch = score, engine.state.epoch
+        names = ["last.pt", "best.pt"] if improved else ["last.pt"]
+        if idist.get_rank() == 0:
+            for name in names:
+                save_checkpoint(self.objects, self.folder / name)
+        logger.info("Epoch %d: wrote %s to %s", engine.state.epoch, " and ".join(names), self.folder)
+        if self.patience and engine.state.epoch - self.best_epoch >= self.patience:
+            logger.info("No better validation metric for %d epochs: training stops early", self.patience)
+            engine.terminate()
+
+
+def save_checkpoint(objects: Mapping[str, Any], path: str | Path) -> None:
+    """Write the ``state_dict`` of each object to one file, atomically; data-parallel wrappers are taken off."""
+    write_checkpoint(
+        {name: getattr(thing, "module", thing).state_dict() for name, thing in objects.items()}, Path(path)
+    )
+
+
+def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Write tensors and plain values to one file, atomically.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(state, partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); free some disk space and run again") from error
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU with ``weights_only=True``: no code in it is run.
+
+    Raises:
+        InputError: the file is absent or is not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no checkpoint here; give the path of one, e.g. output/pretrain/best.pt")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read as a PyTorch checkpoint ({error})".splitlines()[0]) from error
+
+
+def saved_facts(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return the facts of a checkpoint's provenance.
+
+    Raises:
+        InputError: it has none, so it was not written by this bundle.
+    """
+    if "provenance" not in checkpoint:
+        raise InputError(
+            f"{path}: holds no provenance, so it is not a checkpoint of this bundle; published NeuroSTORM weights "
+            "go through `python -m scripts convert` first"
+        )
+    return json.loads(checkpoint["provenance"]["facts"])
+
+
+def load_encoder(encoder: nn.Module, path: str, provenance: Provenance) -> None:
+    """Load the encoder of a pretrained masked autoencoder; every key must fit.
+
+    Args:
+        encoder: the encoder to fill.
+        path: checkpoint of a pretraining run, or the word ``random`` to keep the random weights on purpose (a
+            control: what pretraining is worth is the difference to it).
+        provenance: of this run; the checkpoint's preparation, split and network sizes must be the same, so that
+            no test subject was seen in pretraining. It is told which encoder this is (``encoder``: the file's hash, or
+            ``random``), so that a classifier of one encoder is never taken for that of another.
+
+    Raises:
+        InputError: no such file, not a checkpoint of this bundle, or one that differs.
+    """
+    if path == "random":
+        logger.warning("The encoder keeps its RANDOM weights, as asked (encoder_checkpoint is 'random')")
+        provenance.facts["encoder"] = path
+        return
+    saved = load_checkpoint(path)
+    facts = saved_facts(saved, path)
+    if "published" in facts:
+        logger.warning("%s: published weights; which participants they have seen is not known here", path)
+        provenance.require(facts, ["network"], path)
+    else:
+        provenance.require(facts, ["preparation", "splits", "network"], path)
+    prefix = "encoder."
+    state = {k.removeprefix(prefix): v for k, v in saved["network"].items() if k.startswith(prefix)}
+    encoder.load_state_dict(state, strict=True)
+    provenance.facts["encoder"] = file_sha256(path)
+    logger.info("Loaded the encoder (%d tensors) from %s", len(state), path)
+
+
+def load_network(network: nn.Module, path: str | Path, provenance: Provenance) -> None:
+    """Load a whole network from a checkpoint that was made with the same facts; every key must fit.
+
+    Raises:
+        InputError: no such file, not a checkpoint of this bundle, or one that differs.
+    """
+    saved = load_checkpoint(path)
+    provenance.require(saved_facts(saved, path), list(provenance.facts), path)
+    network.load_state_dict(saved["network"], strict=True)
+    logger.info("Loaded %s (epoch %d)", path, saved["trainer"]["iteration"] // saved["trainer"]["epoch_length"])
+
+
+def release(checkpoint: str | Path, folder: str | Path) -> Path:
+    """Write the network of a checkpoint as ``model.pt``, a flat state dict, with its facts in ``model.json``.
+
+    This is the form that the model zoo and ``monai.bundle.load`` expect. The facts carry the hash of the weights,
+    so that the two files cannot be mixed up.
+
+    Returns:
+        The path of ``model.pt``.
+    """
+    saved = load_checkpoint(checkpoint)
+    facts = saved_facts(saved, checkpoint)
+    path = Path(folder) / "model.pt"
+    write_checkpoint(saved["network"], path)
+    write_json(path.with_suffix(".json"), facts | {"sha256": file_sha256(path)})
+    return path
+
+
+def load_released(network: nn.Module, path: str | Path, facts: Mapping[str, Any]) -> None:
+    """Load what `release` wrote, refusing weights whose recorded facts differ from ``facts``.
+
+    Raises:
+        InputError: a file is absent, the two do not belong together, or a fact differs.
+    """
+    path = Path(path)
+    state = load_checkpoint(path)
+    record = path.with_suffix(".json")
+    if not record.is_file():
+        raise InputError(f"{record}: absent, so nobody knows what {path.name} is; run `python -m scripts release`")
+    recorded = json.loads(record.read_text())
+    if recorded.get("sha256") != file_sha256(path):
+        raise InputError(f"{record}: does not belong to {path.name} (its sha256 differs); release the model again")
+    advice = "give the overlays and options that it was trained with (see the README on `preparation`)"
+    Provenance(**facts).require(recorded, list(facts), record, advice)
+    network.load_state_dict(state, strict=True)
+    logger.info("Loaded the model %s", path)

@@ -1,0 +1,45 @@
+"""`python -m scripts.benchmarks [table|gpu|scaling|memory|background|floor|report] [--quick]`; table is the default."""
+
+import logging
+import sys
+
+import fire
+
+from bundle.errors import InputError
+from scripts.benchmarks.background import background
+from scripts.benchmarks.floor import floor
+from scripts.benchmarks.gpu import gpu
+from scripts.benchmarks.report import report
+from scripts.benchmarks.scaling import memory, scaling
+from scripts.benchmarks.table import table
+
+
+def main() -> None:
+    """Run one command; its result is Markdown on standard output."""
+    logging.basicConfig(level=logging.WARNING)
+    arguments = sys.argv[1:]
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in {"-h", "--help"}):
+        arguments = ["table", *arguments]
+    commands = {
+        "table": table,
+        "gpu": gpu,
+        "scaling": scaling,
+        "memory": memory,
+        "background": background,
+        "floor": floor,
+        "report": report,
+    }
+    # the table prints each line as soon as it is measured, the others all at the end
+    try:
+        fire.Fire(
+            commands,
+            arguments,
+            name="scripts.benchmarks",
+            serialize=lambda text: None if arguments[0] == "table" else text,
+        )
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Every ready-made masking strategy parses on top of pretrain.json and draws the mask that its name says."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from tiny_configs import ROOT
+
+from bundle.anatomy import grid
+from bundle.anatomy.atlas import REGIONS, labels_on, load_atlas
+
+OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "masks").glob("*.json"))
+TABLE_1 = {
+    "frontal": 53985,
+    "parietal": 30927,
+    "temporal": 26584,
+    "occipital": 26358,
+    "cerebellum": 24414,
+    "limbic": 12690,
+}
+
+
+@pytest.fixture(scope="module")
+def item() -> dict:
+    brain = MetaTensor(torch.from_numpy(grid.mni_brain().copy())[None], affine=torch.as_tensor(grid.AFFINE))
+    image = MetaTensor(torch.zeros(20, *grid.SHAPE), affine=torch.as_tensor(grid.AFFINE))  # (T, X, Y, Z)
+    return {"image": image, "brain": brain, "run_id": "sub-01", "start": 0}
+
+
+def parsed(name: str) -> ConfigParser:
+    files = [ROOT / "configs" / "pretrain.json", ROOT / "configs" / "masks" / f"{name}.json"]
+    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
+    parser["bundle_root"] = str(ROOT)
+    parser["dataset_dir"] = "unused"
+    return parser
+
+
+def drawn(name: str, item: dict, which: str = "mask") -> torch.Tensor:
+    return parsed(name).get_parsed_content(which)(item)["mask"][0].as_tensor()
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlay_draws_a_mask_and_validation_draws_a_fixed_one(name, item):
+    parser = parsed(name)
+    training, validation = (parser.get_parsed_content(which) for which in ("mask", "validate#mask"))
+    assert training(item)["mask"].dtype == torch.bool
+    first, _, again = (validation(item | {"start": start})["mask"] for start in (0, 20, 0))
+    assert torch.equal(first, again)
+    assert parser["provenance"]["regions"] == "@regions"  # a checkpoint knows what was masked
+
+
+@pytest.mark.parametrize("name", ["random_random", "random_tube", "window_random", "half_limbic", "equal_limbic"])
+def test_pitfall_12_training_draws_another_mask_each_time_and_begins_anew_in_each_epoch(name, item):
+    parser = parsed(name)
+    mask = parser.get_parsed_content("mask")
+    targets = [handler["_target_"] for handler in parser["train#handlers"]]
+    reseed = parser.get_parsed_content(f"train#handlers#{targets.index('bundle.training.handlers.ReseedEachEpoch')}")
+
+    def epoch(number: int) -> list[bytes]:
+        reseed(SimpleNamespace(state=SimpleNamespace(epoch=number, dataloader=None)))
+        return [mask(item)["mask"].numpy().tobytes() for _ in range(4)]
+
+    first, second = epoch(1), epoch(2)
+    assert len(set(first + second)) > 4
+    assert epoch(1) == first
+
+
+def test_the_paper_s_strategies_are_all_there():
+    pairs = ["frontal_cerebellum", "cerebellum_limbic", "limbic_frontal"]
+    parts = [f"{kind}_{region}" for kind in ("half", "equal") for region in REGIONS]
+    assert {"random_random", "random_tube", "window_random", *REGIONS, *pairs, *parts} <= set(OVERLAYS)
+
+
+@pytest.mark.parametrize(("name", "voxels"), TABLE_1.items())
+def test_region_and_its_control_have_the_published_volume(name, voxels, item):
+    """The 1 mm atlas gives these counts at 2 mm too (shared tables); subcortical differs by 38 voxels."""
+    assert int(drawn(name, item).sum()) == voxels
+    control = drawn(f"equal_{name}", item)
+    assert int(control.sum()) == voxels
+    assert bool((item["brain"][0].as_tensor() | ~control).all())
+
+
+@pytest.mark.parametrize("pair", ["frontal_cerebellum", "cerebellum_limbic", "limbic_frontal"])
+def test_pair_is_the_union_of_its_regions(pair, item):
+    first, second = pair.split("_")
+    assert torch.equal(drawn(pair, item), drawn(first, item) | drawn(second, item))
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_half_of_a_region_lies_in_it_in_whole_labels(region, item):
+    half, whole = drawn(f"half_{region}", item), drawn(region, item)
+    assert not (half & ~whole).any()
+    assert 0.3 < half.sum() / whole.sum() < 0.7
+    labels = labels_on(load_atlas(), grid.AFFINE, grid.SHAPE)
+    for label in np.unique(labels[half.numpy()]):
+        assert half.numpy()[labels == label].all()
+
+
+def test_published_baselines_hide_a_tenth_of_the_whole_grid(item):
+    random, tube, window = (drawn(name, item) for name in ("random_random", "random_tube", "window_random"))
+    assert random.shape == window.shape == (96, 96, 96, 20)
+    assert tube.shape == (96, 96, 96)
+    for mask in (random, tube, window):
+        assert float(mask.float().mean()) == pytest.approx(0.1, abs=1e-3)
+    # a tube that is one at all 20 frames, while independent frames never hide a token throughout
+    assert not random.all(dim=-1).any()
+    blocks = window.reshape(4, 24, 4, 24, 4, 24, 5, 4).permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(320, -1)
+    assert torch.equal(blocks.any(1), blocks.all(1))
+
+
+def test_window_strategy_trains_the_window_s_mask_token():
+    assert parsed("window_random").get_parsed_content("mask_token") == "window"
+    assert parsed("random_tube").get_parsed_content("mask_token") == "random"
+
+
+def test_overlays_are_small():
+    for name in OVERLAYS:
+        content = json.loads((ROOT / "configs" / "masks" / f"{name}.json").read_text())
+        assert len(content) <= 6, name
+
+
+def test_curriculum_is_fed_by_validation_and_resumed_after_the_checkpoint():
+    content = parsed("curriculum")
+    targets = [handler["_target_"].split(".")[-1] for handler in content["train"]["handlers"]]
+    assert targets.index("KeepCheckpoints") < targets.index("ResumeCurriculum")
+    assert content["validate"]["handlers"][-1]["_target_"] == "bundle.masking.curriculum.FollowRegionErrors"
+    assert {"val_temporal_r2", "val_region_mse"} <= set(content["validate"]["additional_metrics"])

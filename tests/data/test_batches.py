@@ -1,0 +1,181 @@
+"""From store and split file to batches."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bundle.data.batches import PrepareBatch, keep_items, reseed, split_clips
+from bundle.data.splits import _hash, make_splits, save_splits
+from bundle.errors import InputError
+from bundle.masking.transforms import AAL3ROIMaskd, RandomTokenMaskd
+from bundle.preparation.store import read_clip, read_manifest, read_voxels, write_manifest, write_record
+from bundle.preparation.transforms import ReadClipd, ScatterClipd, TimeLastd
+
+
+def test_sets_hold_their_own_participants_and_every_clip_once(store: Path):
+    sets = json.loads((store / "splits.json").read_text())["sets"]
+    starts = {}
+    for name, members in sets.items():
+        items = split_clips(store, store / "splits.json", name, frames=10, stride=10)
+        assert {item["participant_id"] for item in items} == set(members)
+        starts |= {(item["run_id"], item["start"]): name for item in items}
+    assert len(starts) == 12 * 3  # 30 frames hold three clips of ten
+    participants = [set(members) for members in sets.values()]
+    assert not participants[0] & participants[1] | participants[0] & participants[2] | participants[1] & participants[2]
+
+
+def test_labels_are_the_diagnoses_of_participants_tsv(store: Path):
+    items = split_clips(store, store / "splits.json", "train", labelled=True)
+    assert {item["participant_id"]: item["label"] for item in items} == {
+        item["participant_id"]: float(int(item["participant_id"][4:]) % 2) for item in items
+    }
+
+
+def changed_store(store: Path, folder: Path, **changes: object) -> Path:
+    """A store with the same runs' records, of which those of sub-00 are changed."""
+    manifest = read_manifest(store)
+    for run in manifest["runs"]:
+        (folder / "runs" / run["run_id"]).mkdir(parents=True)
+        write_record(folder, run | (changes if run["participant_id"] == "sub-00" else {}))
+    write_manifest(folder, manifest["parameters"], manifest["parameters_hash"])
+    return folder
+
+
+def test_a_participant_without_a_label_is_refused_only_where_labels_are_needed(store: Path, tmp_path: Path):
+    changed = changed_store(store, tmp_path, diagnosis=None)
+    name = next(
+        n for n, members in json.loads((store / "splits.json").read_text())["sets"].items() if "sub-00" in members
+    )
+    assert split_clips(changed, store / "splits.json", name)
+    with pytest.raises(InputError, match="has no diagnosis"):
+        split_clips(changed, store / "splits.json", name, labelled=True)
+
+
+@pytest.mark.parametrize("subset", ["train", "validation", "test"])
+def test_a_set_of_one_class_is_refused_unless_it_is_the_test_set(store: Path, tmp_path: Path, subset: str, caplog):
+    """A site left out may hold one class only; its participants still count."""
+    members = sorted({run["participant_id"] for run in read_manifest(store)["runs"]})
+    cases = [p for p in members if int(p[4:]) % 2]
+    splits = make_splits(read_manifest(store)["runs"], folds=3)
+    rest = [p for p in members if p not in cases[:3]]
+    others = [name for name in ("train", "validation", "test") if name != subset]
+    sets = {subset: cases[:3], others[0]: rest[:4], others[1]: rest[4:]}
+    save_splits(splits | {"sets": sets, "sha256": _hash(sets)}, tmp_path / "s.json")
+    if subset != "test":
+        with pytest.raises(InputError, match=f"{subset} set holds only cases"):
+            split_clips(store, tmp_path / "s.json", subset, labelled=True)
+        return
+    items = split_clips(store, tmp_path / "s.json", subset, labelled=True)
+    assert {(item["participant_id"], item["label"]) for item in items} == {(p, 1.0) for p in cases[:3]}
+    assert "holds only cases" in caplog.text
+
+
+@pytest.mark.parametrize("subset", ["train", "test"])
+def test_shuffled_labels_are_those_of_the_set_given_to_other_participants(store: Path, subset: str, caplog):
+    def labels(seed: int | None) -> dict:
+        items = split_clips(store, store / "splits.json", subset, frames=10, labelled=True, label_shuffle_seed=seed)
+        found = {(item["participant_id"], item["label"]) for item in items}
+        assert len(found) == len({participant for participant, _ in found})  # all clips of a participant agree
+        return dict(sorted(found))
+
+    true = labels(None)
+    sites = {run["participant_id"]: run["site"] for run in read_manifest(store)["runs"]}
+    shuffled = [labels(seed) for seed in range(8)]
+    assert all(sorted(own.values()) == sorted(true.values()) for own in shuffled)
+    assert all(list(own) == list(true) for own in shuffled)
+    for site in set(sites.values()):
+        cases = [sum(own[name] for name in own if sites[name] == site) for own in (true, *shuffled)]
+        assert len(set(cases)) == 1
+    assert len({tuple(own.values()) for own in shuffled}) > 1
+    assert labels(3) == shuffled[3]
+    assert "SHUFFLED" in caplog.text
+
+
+def test_a_split_file_of_other_participants_is_refused(store: Path, tmp_path: Path):
+    runs = [run for run in read_manifest(store)["runs"] if run["participant_id"] != "sub-03"]
+    save_splits(make_splits(runs, folds=3), tmp_path / "s.json")
+    with pytest.raises(InputError, match="sub-03 of the store is in no set"):
+        split_clips(store, tmp_path / "s.json", "train")
+
+
+def batch_of(store: Path, *masks: object, count: int = 2) -> tuple:
+    items = split_clips(store, store / "splits.json", "train", frames=4, labelled=True)[:count]
+    read = ReadClipd(store, frames=4)
+    prepare = PrepareBatch([ScatterClipd(), *masks, TimeLastd()])
+    return items, prepare(keep_items([read(item) for item in items]))
+
+
+def test_a_batch_holds_the_stored_frames_at_their_voxels(store: Path):
+    items, (image, target, arguments, _) = batch_of(store)
+    assert image.shape == (2, 1, 96, 96, 96, 4)
+    assert type(image) is torch.Tensor
+    assert arguments == ()
+    assert target["participant_id"] == [item["participant_id"] for item in items]
+    assert target["label"].tolist() == [[item["label"]] for item in items]
+    for i, item in enumerate(items):
+        frames, voxels = read_clip(store, item["run_id"], item["start"], 4), read_voxels(store, item["run_id"])
+        dense = image[i, 0].reshape(-1, 4).numpy()  # (X Y Z, T)
+        np.testing.assert_array_equal(dense[voxels], frames.T.astype(np.float32))
+        assert len(np.unique(np.delete(dense, voxels, axis=0))) == 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape"),
+    [
+        (AAL3ROIMaskd("image", ["limbic"]), (2, 1, 96, 96, 96)),
+        (RandomTokenMaskd("image", where="grid"), (2, 1, 96, 96, 96, 4)),
+    ],
+)
+def test_the_mask_is_target_and_second_network_input(store: Path, mask: object, shape: tuple):
+    _, (_, target, (argument,), _) = batch_of(store, mask)
+    assert target["mask"] is argument
+    assert argument.dtype == torch.bool
+    assert argument.shape == shape
+
+
+def test_reseeding_repeats_an_epoch_and_another_seed_does_not(store: Path):
+    mask, read = RandomTokenMaskd("image"), ReadClipd(store, frames=4, random=True)
+    item = split_clips(store, store / "splits.json", "train", frames=4)[0]
+
+    def draws(seed: int) -> tuple[list[int], torch.Tensor]:
+        reseed([read, mask], seed)
+        return [read(item)["start"] for _ in range(8)], mask(ScatterClipd()(read(item)))["mask"]
+
+    first, again, other = draws(1), draws(1), draws(2)
+    assert first[0] == again[0]
+    assert torch.equal(first[1], again[1])
+    assert first[0] != other[0]
+    assert not torch.equal(first[1], other[1])
+
+
+def test_a_frozen_encoder_sees_every_clip_once_and_it_is_read_once(store: Path):
+    items = split_clips(store, store / "splits.json", "train", frames=4, labelled=True)[:3]
+    read = ReadClipd(store, frames=4)
+    reads = []
+
+    def reading(item: dict) -> dict:
+        reads.append(item["run_id"])
+        return read(item)
+
+    batch = keep_items(items)
+    seen = []
+
+    def encode(image: torch.Tensor) -> torch.Tensor:
+        seen.append(image.shape)
+        return image.mean(dim=(2, 3, 4, 5)).expand(-1, 5)
+
+    prepare = PrepareBatch([reading, ScatterClipd(), TimeLastd()], encode)
+    features, target, arguments, _ = prepare(batch)
+    again, swapped, *_ = prepare([batch[2], batch[0]])
+    assert seen == [(1, 1, 96, 96, 96, 4)] * 3
+    assert reads == [item["run_id"] for item in items]
+    images, expected, *_ = PrepareBatch([ScatterClipd(), TimeLastd()])(keep_items([read(item) for item in items]))
+    torch.testing.assert_close(features, images.mean(dim=(2, 3, 4, 5)).expand(-1, 5))
+    assert torch.equal(again, features[[2, 0]])
+    assert torch.equal(target["label"], expected["label"])
+    assert target["participant_id"] == expected["participant_id"]
+    assert swapped["participant_id"] == [items[2]["participant_id"], items[0]["participant_id"]]
+    assert arguments == ()

@@ -1,0 +1,168 @@
+"""Baselines: series by NumPy and nilearn on the dense grid, no leak from test subjects, and the planted effect."""
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from nilearn import signal
+from nilearn.maskers import NiftiLabelsMasker
+from sklearn.linear_model import LogisticRegression
+from small_stores import planted_store, some_voxels
+
+from bundle.anatomy import grid
+from bundle.anatomy.atlas import labels_on, load_atlas
+from bundle.data.splits import make_splits, save_splits
+from bundle.errors import InputError
+from bundle.experiments.baselines import (
+    _fit,
+    connectivity_classifier,
+    mean_motion,
+    participants_table,
+    region_series,
+    run_baseline,
+    table_classifier,
+)
+from bundle.preparation.store import read_clip, read_manifest, read_run, write_record, write_run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    store = planted_store(folder, subjects=48, effect=4.0)
+    save_splits(make_splits(read_manifest(store)["runs"], folds=3), folder / "splits.json")
+    return store
+
+
+def test_series_are_those_of_nilearn_on_the_dense_image(store):
+    run = read_manifest(store)["runs"][0] | {"frames": 12}
+    atlas = load_atlas()
+    found = region_series(store, run, atlas)
+    voxels, _ = some_voxels(6, 4)
+    dense = np.zeros((np.prod(grid.SHAPE), 12), np.float32)
+    dense[voxels] = read_clip(store, run["run_id"], 0, 12).T
+    labels = np.zeros(np.prod(grid.SHAPE), np.int32)
+    labels[voxels] = labels_on(atlas, grid.AFFINE, grid.SHAPE).ravel()[voxels]  # in the brain only
+    counts = np.bincount(labels)
+    labels[counts[labels] < 5] = 0
+    masker = NiftiLabelsMasker(nib.Nifti1Image(labels.reshape(grid.SHAPE), grid.AFFINE), standardize=False)
+    expected = masker.fit_transform(nib.Nifti1Image(dense.reshape(*grid.SHAPE, 12), grid.AFFINE))
+    cleaned = signal.clean(expected, detrend=True, standardize="zscore_sample")
+    assert found.to_numpy() == pytest.approx(cleaned, abs=1e-4)
+    assert list(found.columns) == [atlas.names[n] for n in np.unique(labels[labels > 0])]
+
+
+def test_a_region_outside_one_brain_is_left_out_for_everyone(store, tmp_path):
+    copy = shutil.copytree(store, tmp_path / "store")
+    run = read_manifest(copy)["runs"][0]
+    voxels, labels = some_voxels(6, 4)
+    keep = labels != labels[0]
+    frames = read_clip(copy, run["run_id"], 0, run["frames"])[:, keep]
+    write_run(copy, run | {"voxels": int(keep.sum())}, frames, voxels[keep])
+    gone = load_atlas().names[int(labels[0])]
+    assert gone not in region_series(copy, read_run(copy, run["run_id"]), load_atlas())
+    assert run_baseline(
+        "connectivity_logistic", copy, store.parent / "splits.json", tmp_path / "out", tmp_path / "series", resamples=50
+    )
+
+
+@pytest.mark.parametrize("name", ["connectivity_logistic", "connectivity_svm"])
+def test_planted_effect_is_recovered(store, tmp_path, name):
+    table = run_baseline(name, store, store.parent / "splits.json", tmp_path, store.parent / "series", resamples=200)
+    assert table["auroc"]["low"] > 0.5
+
+
+def test_without_an_effect_scores_are_at_chance(tmp_path):
+    """Six cohorts, 16 test subjects each. False alarms of the two bounds: about 0.3 % and 0.02 %.
+
+    The SD of one AUROC is 0.15, and an interval over 16 subjects covers the truth with 98 % (both simulated with scores
+    that know nothing), so that fewer than 4 of 6 cover it with a probability of 0.02 %.
+    """
+    found = []
+    for seed in range(100, 106):
+        folder = tmp_path / str(seed)
+        store = planted_store(folder, subjects=48, effect=0.0, seed=seed, every=12)
+        save_splits(make_splits(read_manifest(store)["runs"], folds=3), folder / "splits.json")
+        arguments = (store, folder / "splits.json", folder / "out", folder / "series")
+        found.append(run_baseline("connectivity_logistic", *arguments, resamples=200)["auroc"])
+    assert abs(np.mean([score["value"] for score in found]) - 0.5) < 3 * 0.15 / np.sqrt(6)
+    assert sum(score["low"] <= 0.5 <= score["high"] for score in found) >= 4
+
+
+def test_test_subjects_labels_change_no_logit_and_no_threshold(store, tmp_path):
+    splits = make_splits(read_manifest(store)["runs"], folds=3)
+    copy = shutil.copytree(store, tmp_path / "store")
+    for run in read_manifest(copy)["runs"]:
+        if run["participant_id"] in splits["sets"]["test"]:
+            write_record(copy, run | {"diagnosis": 1 - run["diagnosis"]})
+    manifest = read_manifest(copy)
+    for run in manifest["runs"]:
+        run["diagnosis"] = read_run(copy, run["run_id"])["diagnosis"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    series = store.parent / "series"
+    results = []
+    for where, out in ((store, tmp_path / "a"), (copy, tmp_path / "b")):
+        run_baseline("connectivity_logistic", where, store.parent / "splits.json", out, series, resamples=20)
+        subjects = pd.read_csv(out / "subjects.tsv", sep="\t")
+        results.append((subjects, json.loads((out / "scores.json").read_text())["threshold_logit"]))
+    (first, one), (second, two) = results
+    assert first["logit"].tolist() == second["logit"].tolist()
+    assert one == two
+    assert (first["label"] == 1 - second["label"]).all()
+
+
+def test_few_cases_are_shared_out_over_fewer_inner_folds_and_one_is_too_few():
+    """With an inner fold that lacks cases every setting would score NaN, and the first of the list be "chosen"."""
+    rng = np.random.default_rng(0)
+    for cases, inner in ((3, 3), (8, 5)):
+        labels = np.repeat([1, 0], [cases, 9])
+        series = [rng.normal(size=(40, 4)) for _ in labels]
+        model = connectivity_classifier(LogisticRegression(), 0)
+        _fit(model, series, labels)
+        assert model.n_splits_ == inner
+        assert np.isfinite(model.cv_results_["mean_test_score"]).all()
+    with pytest.raises(InputError, match="holds 1 cases and 9 controls"):
+        _fit(connectivity_classifier(LogisticRegression(), 0), series[:10], np.repeat([1, 0], [1, 9]))
+
+
+def test_majority_scores_the_share_of_the_more_frequent_class(store, tmp_path):
+    table = run_baseline("majority", store, store.parent / "splits.json", tmp_path, tmp_path, resamples=50)
+    assert table["auroc"]["value"] == 0.5
+    assert table["balanced_accuracy"]["value"] == 0.5
+
+
+def test_site_age_and_sex_are_all_that_is_used(store, tmp_path):
+    run_baseline("site_age_sex", store, store.parent / "splits.json", tmp_path, tmp_path, resamples=50)
+    assert json.loads((tmp_path / "baseline.json").read_text())["features"] == ["site", "age", "sex"]
+
+
+def test_gaps_and_new_sites_are_no_obstacle():
+    train = pd.DataFrame({"site": ["a", "b"] * 10, "age": [8.0, np.nan] * 10, "sex": ["F", "M"] * 10})
+    model = table_classifier(train).fit(train, [0, 1] * 10)
+    new = pd.DataFrame({"site": ["a", "c"], "age": [8.0, 9.0], "sex": ["F", "M"]})
+    assert model.predict(new)[0] == 0
+
+
+def test_head_motion_from_a_column_or_from_fmriprep_or_not_at_all(store, tmp_path):
+    runs = read_manifest(store)["runs"][:2]
+    assert mean_motion(runs) is None
+    with pytest.raises(InputError, match="mean_fd"):
+        run_baseline("head_motion", store, store.parent / "splits.json", tmp_path, tmp_path)
+    named = [run | {"participant": {"Mean_FD": 0.25}} for run in runs]
+    assert mean_motion(named)["mean_fd"].tolist() == [0.25, 0.25]
+    sources = []
+    for run in runs:
+        folder = tmp_path / run["run_id"]
+        folder.mkdir()
+        table = pd.DataFrame({"framewise_displacement": [np.nan, 0.1, 0.3]})
+        table.to_csv(folder / f"{run['run_id']}_desc-confounds_timeseries.tsv", sep="\t", na_rep="n/a", index=False)
+        (9 * table).to_csv(folder / f"{run['run_id']}0_desc-confounds_timeseries.tsv", sep="\t", index=False)  # run-10
+        sources.append(run | {"source": str(folder / "bold.nii.gz")})
+    assert mean_motion(sources)["mean_fd"].tolist() == pytest.approx([0.2, 0.2])
+
+
+def test_columns_are_found_in_any_case():
+    runs = [{"participant_id": "a", "site": 1, "diagnosis": 0, "participant": {"Age": 9, "Gender": 1}}]
+    assert list(participants_table(runs)) == ["site", "diagnosis", "age", "sex"]

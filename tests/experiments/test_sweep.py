@@ -1,0 +1,366 @@
+"""The sweep: what is finished is never run again, what changed is made anew, and one failing cell stops no other.
+
+The stages are replaced by one that writes what they write, except for baselines: configs and networks are tested
+elsewhere. Not covered: Dask workers on other machines, and network stages that they run.
+"""
+
+import json
+import re
+import shutil
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from small_stores import planted_store
+
+from bundle.anatomy.atlas import load_atlas
+from bundle.data.splits import load_splits
+from bundle.errors import InputError
+from bundle.evaluation.subjects import write_test
+from bundle.experiments import trial as module
+from bundle.experiments.report import write_report
+from bundle.experiments.statistics import read_outcomes
+from bundle.experiments.sweep import Sweep, describe_data, plan_cells, read_sweep, run_sweep
+from bundle.experiments.trial import is_finished
+from bundle.preparation.store import read_manifest
+from bundle.process import ROOT, locked
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return planted_store(tmp_path_factory.mktemp("data"), subjects=36, effect=2.0, frames=60, per_label=1, every=20)
+
+
+@pytest.fixture
+def calls(monkeypatch, store):
+    """Stages that were run, as (run id, configs, cell); `broken` names cells whose pretraining fails."""
+    calls: list = []
+    calls_broken: set[str] = set()
+    calls_overrides: list[dict] = []
+    directories: set[str] = set()
+    diagnosis = {run["participant_id"]: run["diagnosis"] for run in read_manifest(store)["runs"]}
+
+    def stage(run_id, configs, overrides, log=None, lock=None, directory=None):
+        assert lock is not None
+        directories.add(directory)
+        output = Path(overrides["output_dir"])
+        calls.append((run_id, tuple(configs), output.parent.name))
+        calls_overrides.append(overrides)
+        if output.parent.name in calls_broken and run_id == "pretrain":
+            raise InputError("broken on purpose")
+        output.mkdir(parents=True, exist_ok=True)
+        for name in ("last.pt", "best.pt"):
+            (output / name).touch()
+        if "evaluate" in configs:
+            sets = load_splits(overrides["splits_file"])["sets"]
+            rng = np.random.default_rng(len(calls))
+            tables = {
+                name: pd.DataFrame({"participant_id": sets[name], "label": [diagnosis[p] for p in sets[name]]}).assign(
+                    logit=lambda t: rng.normal(size=len(t)) + t["label"]
+                )
+                for name in ("validation", "test")
+            }
+            write_test(tables["validation"], tables["test"], output / "evaluation", 20)
+
+    monkeypatch.setattr(module, "run_bundle", stage)
+    stage.calls, stage.broken, stage.overrides = calls, calls_broken, calls_overrides
+    stage.directories = directories
+    return stage
+
+
+def small(store, tmp_path, **changes) -> Sweep:
+    settings = {"splits": {"folds": 3, "test": [0, 1]}, "strategies": ["random_tube", "limbic", "random_weights"]}
+    settings |= {"baselines": ["majority"], "steps": [], "bootstrap_resamples": 20}
+    return Sweep(str(store), str(tmp_path / "results"), **(settings | changes))
+
+
+def test_stages_run_in_order_once_and_share_the_store(store, tmp_path, calls):
+    assert run_sweep(small(store, tmp_path)) == []
+    of_cell = [call[:2] for call in calls.calls if call[2] == "limbic__seed-0__fold-1"]
+    assert of_cell == [("pretrain", ("pretrain", "masks/limbic")), ("run", ("train",)), ("run", ("train", "evaluate"))]
+    of_control = [call[:2] for call in calls.calls if call[2] == "random_weights__seed-0__fold-0"]
+    assert of_control == [("run", ("train",)), ("run", ("train", "evaluate"))]
+    before = len(calls.calls)
+    assert run_sweep(small(store, tmp_path)) == []
+    assert len(calls.calls) == before
+    assert not list((tmp_path / "results").rglob("last.pt"))
+
+
+def test_the_best_encoder_is_frozen_and_the_best_classifier_tested_on_one_split_file(store, tmp_path, calls):
+    run_sweep(small(store, tmp_path, baselines=[], splits={"folds": 3, "test": [1]}, strategies=["limbic"]))
+    (pretrain, train, test) = calls.overrides
+    (splits,) = (tmp_path / "results" / "splits").iterdir()
+    assert {stage["splits_file"] for stage in calls.overrides} == {str(splits)}
+    assert train["encoder_checkpoint"] == pretrain["output_dir"] / "best.pt"
+    assert train == test  # evaluate.json tests best.pt of this folder
+    assert "checkpoint" not in test
+
+
+def test_another_plan_for_the_same_folder_leaves_the_splits_of_waiting_cells_alone(store, tmp_path):
+    """As when a sweep's file is edited and started again while cells of the first are still to come."""
+    first = plan_cells(small(store, tmp_path))
+    before = {cell.splits_file: load_splits(cell.splits_file) for cell in first}
+    second = plan_cells(small(store, tmp_path, splits={"folds": 3, "seed": 7, "test": [0, 1]}))
+    assert {cell.splits_file: load_splits(cell.splits_file) for cell in first} == before
+    assert not set(before) & {cell.splits_file for cell in second}
+
+
+def test_overrides_reach_their_stage_and_a_strategy_has_the_last_word(store, tmp_path, calls):
+    own = {"name": "own", "mask": "masks/limbic", "train": {"max_epochs": 4}}
+    changes = {"overrides": {"frames": 4, "max_epochs": 1}, "pretrain": {"max_epochs": 2}, "train": {"max_epochs": 3}}
+    run_sweep(
+        small(store, tmp_path, baselines=[], splits={"folds": 3, "test": [1]}, strategies=["limbic", own], **changes)
+    )
+    assert [stage["max_epochs"] for stage in calls.overrides] == [2, 3, 3, 2, 4, 4]
+    assert {stage["frames"] for stage in calls.overrides} == {4}
+
+
+def test_a_failing_cell_is_named_stops_no_other_and_goes_on_where_it_was(store, tmp_path, calls):
+    calls.broken.add("limbic__seed-0__fold-0")
+    failures = run_sweep(small(store, tmp_path))
+    assert failures == ["limbic__seed-0__fold-0: broken on purpose"]
+    assert sum(is_finished(cell) for cell in plan_cells(small(store, tmp_path))) == 7
+    calls.broken.clear()
+    calls.calls.clear()
+    assert run_sweep(small(store, tmp_path)) == []
+    assert {call[2] for call in calls.calls} == {"limbic__seed-0__fold-0"}
+
+
+def written(sweep: Sweep) -> dict[Path, int]:
+    """When each file of the cells was written, in ns."""
+    return {path: path.stat().st_mtime_ns for path in (Path(sweep.results) / "cells").rglob("*") if path.is_file()}
+
+
+def test_dask_gives_what_this_machine_gives_to_the_byte_and_goes_on_where_it_was(store, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed; pip install distributed")
+    local, remote = (
+        small(store, tmp_path / name, strategies=[], baselines=["majority", "site_age_sex"])
+        for name in ("local", "dask")
+    )
+    assert run_sweep(local) == []
+    in_the_way = Path(remote.results) / "cells" / "majority__seed-0__fold-1"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()  # a file where the cell's folder should be
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", dashboard_address=None
+    ) as cluster:
+        (failure,) = run_sweep(remote, scheduler=cluster.scheduler_address)
+        assert failure.startswith("majority__seed-0__fold-1: ")
+        assert "cannot be written" in failure
+        assert sum(is_finished(cell) for cell in plan_cells(remote)) == 3
+        in_the_way.unlink()
+        before = written(remote)
+        assert run_sweep(remote, scheduler=cluster.scheduler_address) == []
+        after = written(remote)
+        assert before.items() < after.items()
+        assert run_sweep(remote, scheduler=cluster.scheduler_address) == []
+        assert written(remote) == after
+    for here, there in zip(plan_cells(local), plan_cells(remote), strict=True):
+        for name in ("scores.json", "subjects.tsv"):
+            assert (Path(here.folder) / name).read_bytes() == (Path(there.folder) / name).read_bytes()
+
+
+def test_a_scheduler_that_does_not_answer_is_said_plainly(store, tmp_path):
+    pytest.importorskip("distributed", reason="Dask is not installed; pip install distributed")
+    with pytest.raises(InputError, match=r"no Dask scheduler answers at nonsense://1"):
+        run_sweep(small(store, tmp_path), scheduler="nonsense://1")
+
+
+def test_cells_name_configs_that_any_working_directory_finds(store, tmp_path, calls, monkeypatch):
+    """A Dask worker has one of its own."""
+    for name in ("mine.json", "overlay.json"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    sweep = small(store, tmp_path, strategies=[{"name": "mine", "mask": "mine.json"}], configs=["demo", "overlay.json"])
+    assert run_sweep(sweep) == []
+    assert calls.calls[0][1] == ("pretrain", str(tmp_path / "mine.json"), "demo", str(tmp_path / "overlay.json"))
+
+
+def test_a_worker_elsewhere_takes_relative_paths_from_where_the_sweep_was_started(store, tmp_path, calls, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    sweep = small(store, tmp_path, baselines=[], overrides={"atlas": "atlas.nii.gz"})
+    cells = plan_cells(sweep)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for cell in cells:
+        module.run_cell(cell)
+    assert calls.directories == {str(tmp_path / "here")}
+
+
+def test_the_report_finds_the_atlas_that_the_sweep_named(store, tmp_path, calls, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(load_atlas().source, "atlas.nii")
+    run_sweep(small(store, tmp_path, strategies=[], overrides={"atlas": "atlas.nii"}))
+    monkeypatch.chdir("/")
+    assert write_report(tmp_path / "results", resamples=20).is_file()
+
+
+@pytest.fixture
+def heeds_interrupts():
+    """A shell that starts a job in the background has it ignore SIGINT; here it is heeded."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
+def test_an_interrupted_sweep_begins_no_other_cell(store, tmp_path, calls, monkeypatch):
+    def interrupted(*stage):
+        if not calls.calls:
+            time.sleep(0.3)  # the main thread waits by now
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.3)  # and notices
+        calls(*stage)
+
+    monkeypatch.setattr(module, "run_bundle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(small(store, tmp_path, baselines=[]))
+    assert len({call[2] for call in calls.calls}) == 1
+
+
+def test_progress_is_shown_for_the_cells_that_are_left(store, tmp_path, calls, capsys):
+    """So that cells finished long ago make the estimate of the time left no shorter."""
+    run_sweep(small(store, tmp_path))
+    shown = capsys.readouterr().err
+    assert "baselines: 100%" in shown
+    assert "| 6/6 [" in shown
+    (tmp_path / "results" / "cells" / "limbic__seed-0__fold-1" / "cell.json").unlink()
+    run_sweep(small(store, tmp_path))
+    shown = capsys.readouterr().err
+    assert "baselines" not in shown
+    assert "networks:   0%|          | 0/1 [00:00<?" in shown
+    assert "| 1/1 [" in shown
+
+
+def test_time_left_is_right_when_cells_end_in_waves(store, tmp_path, calls, monkeypatch, capsys):
+    """As four at a time would: each wave takes an hour, and its cells end half a minute apart."""
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+
+    def stage(*job):
+        time.sleep(0.02)  # the bar has seen the cell before
+        calls(*job)
+        done = len(calls.calls) // 2  # cells, of two stages each
+        clock[0] = 3600.0 * ((done + 3) // 4) + 30 * ((done + 3) % 4) if done else 0.0
+
+    monkeypatch.setattr(module, "run_bundle", stage)
+    run_sweep(small(store, tmp_path, baselines=[], strategies=["random_weights"], seeds=list(range(6))))
+    shown = capsys.readouterr().err
+    for done, hours in ((4, 2), (8, 1)):
+        left = re.search(rf"{done}/12 \[[\d:]+<([\d:]+)", shown).group(1)
+        left = pd.Timedelta(left if left.count(":") == 2 else f"0:{left}")
+        assert left / pd.Timedelta(hours=hours) == pytest.approx(1, abs=0.1)
+
+
+def test_an_interrupted_cell_repeats_no_finished_stage(store, tmp_path, calls):
+    cell = next(c for c in plan_cells(small(store, tmp_path)) if "limbic" in c.folder)
+    module.run_cell(cell)
+    path = Path(cell.folder) / "cell.json"
+    record = json.loads(path.read_text())
+    del record["seconds"]["test"]
+    path.write_text(json.dumps(record | {"finished": False}))
+    calls.calls.clear()
+    module.run_cell(cell)
+    assert [call[1] for call in calls.calls] == [("train", "evaluate")]
+
+
+def test_a_cell_at_work_is_refused_and_one_finished_meanwhile_not_repeated(store, tmp_path, monkeypatch, calls):
+    monkeypatch.setattr(module, "locked", partial(locked, patience_s=0))
+    cell = next(c for c in plan_cells(small(store, tmp_path)) if "limbic" in c.folder)
+    refusals = []
+
+    def second(*stage):
+        try:
+            module.run_cell(cell)
+        except InputError as error:
+            refusals.append(str(error))
+        calls(*stage)
+
+    monkeypatch.setattr(module, "run_bundle", second)
+    module.run_cell(cell)
+    assert len(refusals) == len(calls.calls) == 3  # in each stage
+    assert all(f"{cell.folder}.lock is locked" in refusal for refusal in refusals)
+    module.run_cell(cell)
+    assert len(calls.calls) == 3
+
+
+def test_changed_settings_make_only_the_affected_cells_anew(store, tmp_path, calls):
+    run_sweep(small(store, tmp_path))
+    calls.calls.clear()
+    run_sweep(small(store, tmp_path, seeds=[0, 1]))  # more seeds: nothing of seed 0 again
+    assert {call[2].split("__")[1] for call in calls.calls} == {"seed-1"}
+    calls.calls.clear()
+    run_sweep(small(store, tmp_path, overrides={"max_epochs": 3}))
+    assert len(calls.calls) == 2 * (3 + 3 + 2)
+
+
+def test_every_subject_is_tested_once_over_all_folds_or_sites(store, tmp_path, calls):
+    everyone = sorted(run["participant_id"] for run in read_manifest(store)["runs"])
+    for test in ("all", "sites"):
+        folder = tmp_path / test
+        run_sweep(small(store, folder, splits={"folds": 3, "test": test}))
+        for own in read_outcomes(folder / "results").values():
+            assert own.participants == everyone
+    assert set(own.folds) == {"north", "south", "west"}
+
+
+def test_report_comes_from_the_results_folder_alone_and_says_synthetic(store, tmp_path, calls):
+    (store.parent / "derivatives").mkdir(exist_ok=True)
+    (store.parent / "derivatives" / "truth.json").write_text("{}")
+    run_sweep(small(store, tmp_path))
+    moved = (tmp_path / "results").rename(tmp_path / "elsewhere")
+    html = write_report(moved, resamples=50).read_text()
+    markdown = (moved / "report.md").read_text()
+    for text in (html, markdown):
+        assert "SYNTHETIC data" in text
+        for name in ("random_tube", "limbic", "random_weights", "majority"):
+            assert name in text
+        cell = json.loads((moved / "cells" / "limbic__seed-0__fold-0" / "cell.json").read_text())
+        assert cell["sha256"] in text
+        assert cell["versions"]["monai"] in text
+    assert 'src="data:image/png;base64' in html
+    assert "http" not in html.replace("http://www.w3.org", "")  # nothing is fetched: one file is the report
+    table = pd.read_csv(moved / "table.csv").set_index("strategy")
+    assert f"{table.loc['limbic', 'auroc']:.3f}" in html
+
+
+def test_data_of_unknown_origin_is_not_called_real(store):
+    gone = planted_store(store.parent / "gone", subjects=12, effect=0.0, frames=60, per_label=1, every=60)
+    (store.parent / "derivatives" / "truth.json").unlink(missing_ok=True)
+    assert describe_data(gone)["synthetic"] is None
+
+
+def test_strategies_that_would_share_a_folder_are_refused(store, tmp_path):
+    names = [{"name": name, "mask": "masks/limbic"} for name in ("limbic 50%", "limbic_50_")]
+    with pytest.raises(InputError, match="'limbic 50%' and 'limbic_50_' would both be filed under 'limbic_50_'"):
+        plan_cells(small(store, tmp_path, strategies=names))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["paper", "leave_one_site_out", "demo", "paper_small", "attribution_small"])
+def test_ready_made_sweeps_are_valid(name):
+    assert read_sweep(ROOT / "configs" / "sweeps" / f"{name}.json").strategies
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"strategies": ["limbo"]}, "no such config"),
+        ({"baselines": ["luck"]}, "unknown"),
+        ({"steps": ["dance"]}, "unknown"),
+        ({"strategies": ["limbic", "limbic"]}, "same name"),
+        ({"flavour": 1}, "not a sweep"),
+        ({}, "nothing to run"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, content, message):
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps({"store": "s", "results": "r", "splits": {}} | content))
+    with pytest.raises(InputError, match=message):
+        read_sweep(path)

@@ -1,0 +1,72 @@
+"""Small BOLD files for several test files: 8 mm voxels over the MNI152 box, so that a run takes milliseconds."""
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nilearn.datasets import load_mni152_brain_mask
+from scipy.ndimage import affine_transform
+
+COARSE_SHAPE = (25, 30, 25)
+COARSE_AFFINE = nib.affines.from_matvec(np.diag([8.0, 8.0, 8.0]), [-98.0, -130.0, -80.0])
+
+
+def coarse_brain() -> np.ndarray:
+    """The MNI152 brain mask at 8 mm, by scipy."""
+    template = load_mni152_brain_mask(resolution=2)
+    to_template = np.linalg.inv(template.affine) @ COARSE_AFFINE
+    values = np.asarray(template.dataobj, np.uint8)
+    return affine_transform(values, to_template, output_shape=COARSE_SHAPE, order=0) > 0
+
+
+def coarse_signal(frames: int = 30, seed: int = 0, mean: float = 1000.0, sd: float = 50.0) -> np.ndarray:
+    """Noise about the mean in the brain, exactly 0 outside: (X, Y, Z, T) float32."""
+    noise = np.random.default_rng(seed).normal(mean, sd, (*COARSE_SHAPE, frames))
+    return (noise * coarse_brain()[..., None]).astype(np.float32)
+
+
+def save_bold(
+    path: Path,
+    data: np.ndarray,
+    affine: np.ndarray = COARSE_AFFINE,
+    tr: float = 0.8,
+    unit: str | None = "sec",
+    sform: int = 4,
+    qform: int = 0,
+    slope: float | None = None,
+) -> Path:
+    """Write a NIfTI file whose header says exactly what is asked for."""
+    image: Any = nib.Nifti1Image(data, affine)
+    if data.ndim == 4:
+        image.header["pixdim"][4] = tr
+    image.header.set_xyzt_units("mm", unit)
+    image.set_sform(affine if sform else None, sform)
+    image.set_qform(affine if qform else None, qform)
+    if slope is not None:
+        image.header.set_slope_inter(slope, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+    return path
+
+
+def save_mask(path: Path, mask: np.ndarray, affine: np.ndarray = COARSE_AFFINE) -> Path:
+    """Write a mask as uint8."""
+    return save_bold(path, mask.astype(np.uint8), affine)
+
+
+def run_of(path: Path, run_id: str = "sub-01", **changes: Any) -> dict[str, Any]:
+    """A run as `bundle.preparation.sources` lists it."""
+    run = {
+        "run_id": run_id,
+        "participant_id": run_id.split("_")[0],
+        "bold": path,
+        "mask": None,
+        "confounds": None,
+        "tr": None,
+        "space": None,
+        "site": "A",
+        "diagnosis": 0,
+        "participant": {"age": 10.5},
+    }
+    return run | changes

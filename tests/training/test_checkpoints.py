@@ -1,0 +1,169 @@
+"""Checkpoints: atomic, refused under other settings, read without running code."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine
+from torch import nn
+
+from bundle.errors import InputError
+from bundle.training.checkpoints import (
+    KeepCheckpoints,
+    Provenance,
+    load_checkpoint,
+    load_encoder,
+    load_network,
+    load_released,
+    release,
+    save_checkpoint,
+    write_checkpoint,
+)
+
+FACTS = {"preparation": "p", "splits": "s", "network": {"embed_dim": 4}}
+
+
+def pretrained(path: Path, **facts: object) -> nn.Module:
+    network = nn.ModuleDict({"encoder": nn.Linear(3, 2), "decoder": nn.Linear(2, 3)})
+    save_checkpoint({"network": network, "provenance": Provenance(**(FACTS | facts))}, path)
+    return network
+
+
+def trainer_with(folder: Path, scores: list[float], patience: int = 0) -> tuple[Engine, KeepCheckpoints, nn.Linear]:
+    """An engine that adds 1 to a weight in each epoch and has given validation scores."""
+    network = nn.Linear(1, 1)
+    nn.init.zeros_(network.weight)
+    engine = Engine(lambda engine, _: network.weight.data.add_(1) and None)
+    keep = KeepCheckpoints(
+        folder,
+        {"network": network},
+        Provenance(**FACTS),
+        metric=lambda: scores[engine.state.epoch - 1],
+        lower_is_better=True,
+        patience=patience,
+    )
+    keep.attach(engine)
+    return engine, keep, network
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [([3.0, 1.0, 2.0], 2), ([1.0, 2.0, 3.0], 1), ([float("nan"), 2.0, 3.0], 2), ([float("nan")] * 3, 1)],
+)
+def test_best_is_the_epoch_with_the_best_validation_metric(tmp_path: Path, scores: list[float], best: int):
+    engine, _, _ = trainer_with(tmp_path, scores)
+    engine.run([0], max_epochs=3)
+    assert float(load_checkpoint(tmp_path / "best.pt")["network"]["weight"]) == best
+    assert float(load_checkpoint(tmp_path / "last.pt")["network"]["weight"]) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_resuming_goes_on_with_the_epoch_the_weights_and_the_best_score(tmp_path: Path):
+    scores = [1.0, 3.0, 2.0]
+    trainer_with(tmp_path, scores)[0].run([0], max_epochs=2)
+    engine, keep, network = trainer_with(tmp_path, scores)
+    engine.run([0], max_epochs=3)
+    assert float(network.weight) == 3
+    assert (keep.best, keep.best_epoch) == (-1.0, 1)
+    assert float(load_checkpoint(tmp_path / "best.pt")["network"]["weight"]) == 1
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path: Path):
+    trainer_with(tmp_path, [1.0, 2.0])[0].run([0], max_epochs=2)
+    engine, _, network = trainer_with(tmp_path, [1.0, 2.0])
+    engine.run([0], max_epochs=2)
+    assert float(network.weight) == 2
+
+
+def test_patience_stops_training(tmp_path: Path):
+    engine, _, network = trainer_with(tmp_path, [5.0, 4.0, 4.5, 4.2, 1.0], patience=2)
+    engine.run([0], max_epochs=5)
+    assert float(network.weight) == 4
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pretrained(tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full_disk(state: object, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(InputError, match="cannot be written"):
+        pretrained(tmp_path / "last.pt")
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (Path("/tmp/evil-was-here").touch, ())
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path):
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"network": Evil()}))
+    torch.save({"network": Evil()}, tmp_path / "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(InputError, match="cannot be read as a PyTorch checkpoint"):
+            load_checkpoint(tmp_path / name)
+    assert not Path("/tmp/evil-was-here").exists()
+
+
+@pytest.mark.parametrize("fact", ["preparation", "splits", "network"])
+def test_an_encoder_made_otherwise_is_refused_by_name(tmp_path: Path, fact: str):
+    pretrained(tmp_path / "best.pt", **{fact: "other"})
+    with pytest.raises(InputError, match=f"best.pt: was made with {fact} 'other'"):
+        load_encoder(nn.Linear(3, 2), str(tmp_path / "best.pt"), Provenance(**FACTS))
+
+
+def test_an_encoder_is_loaded_whole_or_refused(tmp_path: Path):
+    network = pretrained(tmp_path / "best.pt")
+    encoder = nn.Linear(3, 2)
+    load_encoder(encoder, str(tmp_path / "best.pt"), Provenance(**FACTS))
+    assert torch.equal(encoder.weight, network["encoder"].weight)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_encoder(nn.Sequential(nn.Linear(3, 2)), str(tmp_path / "best.pt"), Provenance(**FACTS))
+
+
+def test_random_keeps_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    encoder = nn.Linear(3, 2)
+    before = encoder.weight.clone()
+    load_encoder(encoder, "random", Provenance(**FACTS))
+    assert torch.equal(encoder.weight, before)
+    assert "RANDOM" in caplog.text
+
+
+def test_published_weights_warn_that_their_participants_are_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    network = nn.ModuleDict({"encoder": nn.Linear(3, 2)})
+    facts = Provenance(published="sha", network=FACTS["network"])
+    save_checkpoint({"network": network, "provenance": facts}, tmp_path / "p.pt")
+    load_encoder(nn.Linear(3, 2), str(tmp_path / "p.pt"), Provenance(**FACTS))
+    assert "participants they have seen is not known" in caplog.text
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, {"weight": torch.zeros(2)}])
+def test_foreign_checkpoints_are_refused(tmp_path: Path, content: dict):
+    write_checkpoint(content, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="holds no provenance"):
+        load_network(nn.Linear(1, 1), tmp_path / "x.pt", Provenance(**FACTS))
+
+
+def test_release_round_trip_and_its_refusals(tmp_path: Path):
+    network = pretrained(tmp_path / "best.pt")
+    model = release(tmp_path / "best.pt", tmp_path / "models")
+    twin = nn.ModuleDict({"encoder": nn.Linear(3, 2), "decoder": nn.Linear(2, 3)})
+    load_released(twin, model, FACTS)
+    assert torch.equal(twin["decoder"].weight, network["decoder"].weight)
+    assert set(torch.load(model, weights_only=True)) == set(network.state_dict())  # flat, as the model zoo wants it
+    with pytest.raises(InputError, match="was made with preparation"):
+        load_released(twin, model, FACTS | {"preparation": "other"})
+    record = model.with_suffix(".json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": "0"}))
+    with pytest.raises(InputError, match="does not belong to"):
+        load_released(twin, model, FACTS)
+    record.unlink()
+    with pytest.raises(InputError, match="nobody knows"):
+        load_released(twin, model, FACTS)

@@ -14,7 +14,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
 from bundle.errors import InputError
-from bundle.process import ROOT
+from bundle.files import ROOT
 
 
 def begin() -> None:

@@ -12,7 +12,7 @@ from bundle.errors import InputError
 
 
 @contextmanager
-def each_on(workers: int, scheduler: str | None) -> Iterator[Callable[[Callable, Sequence, str], list]]:
+def parallel_map(workers: int, scheduler: str | None) -> Iterator[Callable[[Callable, Sequence, str], list]]:
     """Give a function `each(function, tasks, what)` that maps over tasks here, in processes, or on Dask's workers.
 
     Raises:

@@ -11,6 +11,7 @@ from bundle.anatomy.atlas import load_atlas, region_table
 from bundle.data.splits import count_table, make_splits, save_all_splits, save_splits
 from bundle.deploy.export import export_run
 from bundle.deploy.published import convert_file
+from bundle.deploy.release import release as release_checkpoint
 from bundle.evaluation.figures import mask_overlay
 from bundle.experiments.synthetic import make_cohort
 from bundle.preparation.confounds import Cleaning
@@ -19,7 +20,6 @@ from bundle.preparation.prepare import Preparation, refuse_failed_rows
 from bundle.preparation.prepare import prepare as prepare_runs
 from bundle.preparation.sources import find_runs
 from bundle.preparation.store import read_manifest
-from bundle.training.checkpoints import release as release_checkpoint
 
 
 def regions(atlas: str | None = None, table: str | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from bundle.errors import InputError
-from bundle.process import run_bundle
+from bundle.process import run_config
 from scripts.commands import prepare, release, splits, synthesize
 
 logger = logging.getLogger(__name__)
@@ -37,12 +37,12 @@ def demo(folder: str = "demo", subjects: int = 24, effect: float = 2.0, seed: in
     splits(str(store), folds=4, seed=seed)
     logger.info("Step 4 of 6: pretrain by reconstructing the limbic region")
     common = {"dataset_dir": str(store), "seed": seed}
-    run_bundle("pretrain", ["pretrain", "demo"], common | {"output_dir": str(base / "pretrain")})
+    run_config("pretrain", ["pretrain", "demo"], common | {"output_dir": str(base / "pretrain")})
     logger.info("Step 5 of 6: train the classifier on the frozen encoder")
     common |= {"output_dir": str(base / "train"), "encoder_checkpoint": str(base / "pretrain" / "best.pt")}
-    run_bundle("run", ["train", "demo"], common | {"max_epochs": 40})  # cheap: the encoder sees each clip once
+    run_config("run", ["train", "demo"], common | {"max_epochs": 40})  # cheap: the encoder sees each clip once
     logger.info("Step 6 of 6: test the best classifier once, over subjects")
-    run_bundle("run", ["train", "evaluate", "demo"], common)
+    run_config("run", ["train", "evaluate", "demo"], common)
     release(str(base / "train" / "best.pt"), str(base / "models"))
     report(base / "train" / "evaluation")
 

@@ -2,7 +2,7 @@
 
 from bundle.errors import InputError
 from bundle.experiments.report import write_report
-from bundle.experiments.statistics import finished_cells
+from bundle.experiments.statistics import finished_trials
 from bundle.experiments.sweep import read_sweep, run_sweep
 from bundle.experiments.truth import summarise, truth_test
 
@@ -16,22 +16,22 @@ def sweep(
 ) -> None:
     """Run masking strategies x seeds x folds and baselines, then write the report; run again, it goes on.
 
-    Every cell pretrains, trains a classifier on the frozen encoder and tests it once over subjects. What is finished is
-    never run again. A cell that fails stops no other; it is named at the end, and the exit status is then 1.
+    Every trial pretrains, trains a classifier on the frozen encoder and tests it once over subjects. What is finished
+    is never run again. A trial that fails stops no other; it is named at the end, and the exit status is then 1.
 
     Args:
         config: JSON file of the sweep, e.g. configs/sweeps/paper.json.
         store: prepared store, instead of the file's.
         results: folder of the results, instead of the file's.
-        workers: cells at a time on this machine.
-        scheduler: address of a Dask scheduler, e.g. tcp://host:8786, whose workers run the cells instead.
+        workers: trials at a time on this machine.
+        scheduler: address of a Dask scheduler, e.g. tcp://host:8786, whose workers run the trials instead.
     """
     plan = read_sweep(config, store=store, results=results)
     failures = run_sweep(plan, workers=workers, scheduler=scheduler)
-    if finished_cells(plan.results):
+    if finished_trials(plan.results):
         write_report(plan.results)
     if failures:
-        raise InputError(f"{len(failures)} cells failed; run again to go on. " + "; ".join(failures))
+        raise InputError(f"{len(failures)} trials failed; run again to go on. " + "; ".join(failures))
 
 
 def report(results: str, resamples: int = 2000) -> None:
@@ -62,7 +62,7 @@ def truth(
         effect: size of the planted effects, Cohen's d.
         seeds: seeds of the cohorts.
         subjects: size of each cohort.
-        workers: cells at a time on this machine.
+        workers: trials at a time on this machine.
     """
     table = truth_test(folder, read_sweep(config), planted, effect, seeds, subjects, workers=workers)
     print("SYNTHETIC data: AUROC over subjects, and how many cohorts' 95 % intervals are above, or cover, chance")

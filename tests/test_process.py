@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from bundle.errors import InputError
-from bundle.process import ROOT, locked, run_bundle
+from bundle.files import ROOT
+from bundle.locks import locked
+from bundle.process import run_config
 
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 
@@ -27,12 +29,12 @@ def test_a_process_takes_relative_paths_from_the_directory_it_is_given(tmp_path)
     (tmp_path / "here").mkdir()
     copy = {"_target_": "shutil.copyfile", "src": "@file", "dst": "copy.json"}
     (tmp_path / "run.json").write_text(json.dumps({"file": "absent.json", "run": [copy]}))
-    run_bundle(
+    run_config(
         "run", [str(tmp_path / "run.json")], {"file": "../run.json"}, tmp_path / "log.txt", directory=tmp_path / "here"
     )
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["copy.json"]
     with pytest.raises(InputError, match=r"gone is not seen from this machine"):
-        run_bundle("run", [str(tmp_path / "run.json")], {}, directory=tmp_path / "gone")
+        run_config("run", [str(tmp_path / "run.json")], {}, directory=tmp_path / "gone")
 
 
 def alive(pid: int) -> bool:
@@ -45,7 +47,8 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_a_training_process_ends_with_the_one_that_started_it():
-    code = "import subprocess; from bundle.process import on_a_leash\nsubprocess.run(on_a_leash('-c', sys.argv[1]))"
+    code = "import subprocess; from bundle.process import ends_with_parent as with_parent\n"
+    code += "subprocess.run(with_parent('-c', sys.argv[1]))"
     parent, child = start(code, SLEEP)
     assert alive(child)
     assert child != parent.pid
@@ -58,7 +61,7 @@ def test_a_training_process_ends_with_the_one_that_started_it():
 
 
 def test_a_lock_is_held_by_each_process_it_was_passed_to_and_ends_with_the_last(tmp_path):
-    code = """import subprocess; from pathlib import Path; from bundle.process import locked
+    code = """import subprocess; from pathlib import Path; from bundle.locks import locked
 with locked(Path(sys.argv[1])) as lock:
     subprocess.run([sys.executable, '-c', sys.argv[2]], pass_fds=[lock])"""
     path = tmp_path / "new" / "cell.lock"
@@ -75,7 +78,7 @@ with locked(Path(sys.argv[1])) as lock:
 
 
 def test_a_lock_that_is_about_to_be_released_is_waited_for(tmp_path):
-    code = """import os, time; from pathlib import Path; from bundle.process import locked
+    code = """import os, time; from pathlib import Path; from bundle.locks import locked
 with locked(Path(sys.argv[1])):
     print(os.getpid(), flush=True)
     time.sleep(0.5)"""

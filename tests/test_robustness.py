@@ -12,7 +12,7 @@ import pytest
 from small_runs import coarse_signal, run_of, save_bold
 
 from bundle.errors import InputError
-from bundle.preparation import store
+from bundle.files import WriteError
 from bundle.preparation.prepare import prepare
 
 # The imports take longest, so one process with everything imported forks a child for each preparation.
@@ -106,7 +106,7 @@ def test_a_full_disk_while_any_file_is_written_is_said_and_leaves_nothing(files,
             return opened(target, *arguments, **options)
 
         monkeypatch.setattr(Path, "open", full)
-        with pytest.raises(store.StoreWriteError, match=r"No space left on device.*free space or choose another store"):
+        with pytest.raises(WriteError, match=r"No space left on device.*free space or choose another folder"):
             prepare([run], tmp_path / name)
         monkeypatch.setattr(Path, "open", opened)
         left = [path.name for path in (tmp_path / name).rglob("*") if path.name.startswith(".unfinished")]
@@ -123,5 +123,5 @@ def test_a_store_that_cannot_be_written_is_said(files, tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only folders")
 def test_a_read_only_store_is_said(files, tmp_path):
     (tmp_path / "store").mkdir(mode=0o500)
-    with pytest.raises(store.StoreWriteError, match="Permission denied"):
+    with pytest.raises(WriteError, match="Permission denied"):
         prepare([run_of(files / "a.nii.gz", "sub-a")], tmp_path / "store")

@@ -13,7 +13,8 @@ import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
 from bundle.errors import InputError
-from bundle.preparation.store import check_run_id, write_json
+from bundle.files import write_json
+from bundle.preparation.store import check_run_id
 
 logger = logging.getLogger(__name__)
 

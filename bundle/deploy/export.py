@@ -1,8 +1,5 @@
 """Back to NIfTI: stored runs, reconstructions and attribution maps, in MNI space, in the original units."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,7 +11,9 @@ from nibabel.openers import ImageOpener
 from numpy.typing import NDArray
 
 from bundle.anatomy import grid
+from bundle.anatomy.parcels import dense
 from bundle.errors import InputError
+from bundle.files import written_whole
 from bundle.preparation import store
 from bundle.preparation.bold import MNI_CODE
 
@@ -37,9 +36,8 @@ def to_nifti(values: NDArray, voxels: NDArray | None = None, tr: float | None = 
     """
     values = np.asarray(values, np.float32)
     if voxels is not None:
-        dense = np.zeros((int(np.prod(grid.SHAPE)), *values.shape[:-1]), np.float32)
-        dense[voxels] = values.T  # (T, V) -> (V, T)
-        values = dense.reshape(*grid.SHAPE, *values.shape[:-1])
+        on_grid = dense(values, voxels)
+        values = np.moveaxis(on_grid, 0, -1) if on_grid.ndim == 4 else on_grid  # (T, X, Y, Z) -> (X, Y, Z, T)
     elif values.ndim == 5 and values.shape[0] == 1:
         values = values[0]
     if values.ndim not in (3, 4) or values.shape[:3] != grid.SHAPE:
@@ -89,34 +87,18 @@ def export_run(
     if array is None:
         count = record["frames"] - start if frames is None else frames
         rows = store.read_clip(folder, run_id, start, count)  # (T, V)
-        with _whole(path) as unfinished:
+        with written_whole(path) as unfinished:
             _write_frames(unfinished, rows, voxels, record["tr"], mean, sd)
         return
     image: Any = to_nifti(_load(Path(array)), tr=record["tr"])
     if units == "original":
-        brain = np.zeros(grid.SHAPE, bool)
-        brain.ravel()[voxels] = True
+        brain = dense(np.ones(len(voxels), bool), voxels)
         values = image.get_fdata(dtype=np.float32)
         values[brain] = values[brain] * sd + mean
         values[~brain] = 0
         image = to_nifti(values, tr=record["tr"])
-    with _whole(path) as unfinished:
+    with written_whole(path) as unfinished:
         nib.save(image, unfinished)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Give a name beside ``path``, with its suffix, that takes its place when all is written."""
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        unfinished.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error}); free some disk space or name another file") from error
-    finally:
-        with suppress(OSError):  # its folder may not exist either
-            unfinished.unlink()
 
 
 def _write_frames(path: Path, rows: NDArray, voxels: NDArray, tr: float, mean: float, sd: float) -> None:

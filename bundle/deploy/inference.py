@@ -12,13 +12,14 @@ from ignite.engine import Engine, Events
 from scipy.special import expit
 from torch import nn
 
+from bundle.data.clips import clips
+from bundle.deploy.release import load_released
 from bundle.errors import InputError
+from bundle.files import ROOT, write_json, write_text
 from bundle.preparation.prepare import Preparation, prepare, refuse_failed_rows
 from bundle.preparation.sources import find_runs
-from bundle.preparation.store import read_manifest, write_json, write_text
-from bundle.preparation.transforms import clips, mask_kind
-from bundle.process import ROOT
-from bundle.training.checkpoints import load_released
+from bundle.preparation.store import read_manifest
+from bundle.preparation.transforms import mask_kind
 
 logger = logging.getLogger(__name__)
 

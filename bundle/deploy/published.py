@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bundle.errors import InputError
+from bundle.files import file_sha256
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.networks.swin_mamba import SwinMambaEncoder
-from bundle.preparation.store import file_sha256
-from bundle.training.checkpoints import Provenance, write_checkpoint
+from bundle.training.checkpoints import write_checkpoint
+from bundle.training.provenance import Provenance
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +52,6 @@ RENAMES = (
     (r"^stages\.(\d+)\.stack\.", r"layers.\1."),
     (r"^stages\.(\d+)\.merge\.norm\.", r"layers.\1.downsample.norm."),
     (r"^stages\.(\d+)\.merge\.reduce\.", r"layers.\1.downsample.reduction."),
-    (r"\.mamba\.expand\.", ".mamba.in_proj."),
-    (r"\.mamba\.conv\.", ".mamba.conv1d."),
-    (r"\.mamba\.select\.", ".mamba.x_proj."),
-    (r"\.mamba\.step\.", ".mamba.dt_proj."),
-    (r"\.mamba\.log_decay$", ".mamba.A_log"),
-    (r"\.mamba\.skip$", ".mamba.D"),
-    (r"\.mamba\.contract\.", ".mamba.out_proj."),
     (r"\.mlp\.0\.", ".mlp.linear1."),
     (r"\.mlp\.2\.", ".mlp.linear2."),
 )

@@ -1,9 +1,9 @@
 """Which regions a classifier uses: Captum's ablation and integrated gradients, per AAL3 label and region.
 
-Both compare a clip with a baseline, the same clip without what is asked about. "still": every voxel at its own mean, so
-that a region is taken out by removing its signal over time, while its anatomy stays. "average": every voxel at its mean
-over all clips and frames, so that a region becomes that of the average subject: for effects that a single frame shows.
-An attribution is in logits: positive moves the subject towards "case".
+Both compare a clip with a baseline, the same clip without what is asked about. "temporal_mean": every voxel at its own
+mean, so that a region is taken out by removing its signal over time, while its anatomy stays. "cohort_mean": every
+voxel at its mean over all clips and frames, so that a region becomes that of the average subject: for effects that a
+single frame shows. An attribution is in logits: positive moves the subject towards "case".
 
 Measures over subjects: ``size``, the mean absolute attribution, which is above 0 for any network;
 and ``separation``, cases' mean minus controls' mean: the part of the difference between the groups' logits that comes
@@ -27,15 +27,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bundle.anatomy.atlas import load_atlas
+from bundle.anatomy.parcels import parcel_index, parcels_of
 from bundle.errors import InputError
-from bundle.evaluation.maps import draw, interval, unit_index, units
+from bundle.evaluation.intervals import value_and_interval
+from bundle.evaluation.maps import draw
+from bundle.files import write_text
 from bundle.networks.classifier import Classifier
-from bundle.preparation.store import write_text
 
 logger = logging.getLogger(__name__)
 
 LEVELS = ("group", "label")
-BASELINES = ("still", "average")
+BASELINES = ("temporal_mean", "cohort_mean")
 
 
 def ablation(
@@ -89,12 +91,12 @@ def gradients(
     return [np.bincount(index.flatten(), voxels, minlength=count + 1).astype(float)[1:] for index, count in pairs]
 
 
-def still(image: Tensor) -> Tensor:
+def temporal_mean(image: Tensor) -> Tensor:
     """The clip ``(..., T)`` with every voxel at its own mean over time."""
     return image.mean(-1, keepdim=True).expand_as(image)
 
 
-def average(images: Iterable[Tensor]) -> Tensor:
+def cohort_mean(images: Iterable[Tensor]) -> Tensor:
     """Mean of clips ``(..., T)`` over clips and frames, ``(..., 1)``."""
     total, count = None, 0
     for image in images:
@@ -123,8 +125,10 @@ def summarise(subjects: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame
         values, label = wide.to_numpy(), wide.index.get_level_values("label").to_numpy()
         cases, controls = values[label == 1], values[label == 0]
         measures = {
-            "size": interval((np.abs(values),), _mean, paired=False, resamples=resamples, seed=seed),
-            "separation": interval((cases, controls), _difference, paired=False, resamples=resamples, seed=seed),
+            "size": value_and_interval((np.abs(values),), _mean, paired=False, resamples=resamples, seed=seed),
+            "separation": value_and_interval(
+                (cases, controls), _difference, paired=False, resamples=resamples, seed=seed
+            ),
         }
         counts = part.drop_duplicates("name").set_index("name")["voxels"][wide.columns].to_numpy()
         per_voxels = {key: 1000 * values / np.maximum(counts, 1) for key, values in measures["separation"].items()}
@@ -169,7 +173,7 @@ def attribute(
     output_dir: str | Path,
     levels: Sequence[str] = LEVELS,
     steps: int = 16,
-    baseline: str = "still",
+    baseline: str = "temporal_mean",
     atlas: str | Path | None = None,
     resamples: int = 2000,
     seed: int = 0,
@@ -185,7 +189,7 @@ def attribute(
         output_dir: folder of the files.
         levels: ablate each "group" (9 passes per clip) and each "label" (167 passes).
         steps: of the integrated gradients; each is a forward and a backward pass.
-        baseline: what a region is compared with, "still" or "average"; see the module.
+        baseline: what a region is compared with, "temporal_mean" or "cohort_mean"; see the module.
         atlas: label image; None: AAL3v1, 1 mm.
         resamples: bootstrap resamples.
         seed: of the bootstrap.
@@ -199,8 +203,8 @@ def attribute(
     if baseline not in BASELINES:
         raise InputError(f"baseline must be one of {', '.join(BASELINES)}, not {baseline!r}")
     loaded, prepare = load_atlas(atlas), Compose(transforms)
-    members = {level: units(loaded, level) for level in LEVELS}
-    index = {level: unit_index(loaded, members[level]) for level in LEVELS}
+    members = {level: parcels_of(loaded, level) for level in LEVELS}
+    index = {level: parcel_index(loaded, members[level]) for level in LEVELS}
     counts = [len(names) for names in members.values()]
     voxels = {level: np.bincount(index[level].flatten(), minlength=len(members[level]) + 1)[1:] for level in LEVELS}
     network.eval().requires_grad_(False)
@@ -214,11 +218,11 @@ def attribute(
         item = prepare(clips[position])
         return item, torch.as_tensor(item["image"]).as_subclass(Tensor)[None]  # (1, 1, X, Y, Z, T)
 
-    common = average(read(position)[1] for position in range(len(clips))) if baseline == "average" else None
+    common = cohort_mean(read(position)[1] for position in range(len(clips))) if baseline == "cohort_mean" else None
     tables = []
     for position in tqdm(range(len(clips)), desc="attribute to regions", unit="clip"):
         item, image = read(position)
-        without = still(image) if common is None else common.expand_as(image)
+        without = temporal_mean(image) if common is None else common.expand_as(image)
         summed = gradients(logit, image, without, list(index.values()), counts, steps)
         found = {("integrated_gradients", level): values for level, values in zip(LEVELS, summed, strict=True)}
         for level in levels:

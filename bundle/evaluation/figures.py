@@ -9,6 +9,7 @@ from nilearn import plotting
 
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import Atlas, Regions, labels_on, region_labels
+from bundle.anatomy.parcels import dense
 from bundle.preparation.store import read_clip, read_run, read_voxels
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
@@ -18,9 +19,8 @@ def mean_bold(store: str | Path, run_id: str) -> nib.Nifti1Image:
     """Mean over time of a stored run, in the units of the file it came from, on the fixed grid; background 0."""
     record = read_run(store, run_id)
     frames = read_clip(store, run_id, 0, record["frames"])  # (T, V)
-    volume = np.zeros(np.prod(grid.SHAPE), np.float32)
-    volume[read_voxels(store, run_id)] = frames.mean(axis=0, dtype=np.float64) * record["sd"] + record["mean"]
-    return nib.Nifti1Image(volume.reshape(grid.SHAPE), grid.AFFINE)
+    means = frames.mean(axis=0, dtype=np.float64) * record["sd"] + record["mean"]
+    return nib.Nifti1Image(dense(means.astype(np.float32), read_voxels(store, run_id)), grid.AFFINE)
 
 
 def mask_overlay(store: str | Path, run_id: str, png: str | Path, regions: Regions, atlas: Atlas) -> None:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bundle.anatomy.atlas import Atlas, load_atlas
-from bundle.evaluation.maps import draw, interval, unit_index, units
-from bundle.preparation.store import write_json, write_text
+from bundle.anatomy.parcels import parcel_index, parcels_of
+from bundle.evaluation.intervals import value_and_interval
+from bundle.evaluation.maps import draw
+from bundle.files import write_json, write_text
 from bundle.training.metrics import MaskedMSE, TemporalR2
 
 logger = logging.getLogger(__name__)
@@ -89,10 +91,14 @@ def summarise(subjects: pd.DataFrame, atlas: Atlas, resamples: int, seed: int) -
     Returns:
         Rows of ``level`` (label, group, all), ``name``, ``measure`` (mse, temporal_r2), ``value``, ``low``, ``high``.
     """
-    names = list(units(atlas, "label"))
+    names = list(parcels_of(atlas, "label"))
     wide = subjects.pivot_table(index="participant_id", columns="name", values=list(SUMS), aggfunc="sum")
     sums = np.stack([wide[name].reindex(columns=names).fillna(0).to_numpy() for name in SUMS])  # (4, subjects, n)
-    levels = {"label": units(atlas, "label"), "group": units(atlas, "group"), "all": {"all": tuple(atlas.names)}}
+    levels = {
+        "label": parcels_of(atlas, "label"),
+        "group": parcels_of(atlas, "group"),
+        "all": {"all": tuple(atlas.names)},
+    }
     position = {number: column for column, number in enumerate(atlas.names)}
     rows = []
     for level, members in levels.items():
@@ -100,7 +106,7 @@ def summarise(subjects: pd.DataFrame, atlas: Atlas, resamples: int, seed: int) -
         squared, count, residual, total = (np.stack([part[:, c].sum(1) for c in columns], 1) for part in sums)
         measures = {"mse": ((squared, count), _ratio), "temporal_r2": ((residual, total), _explained)}
         for measure, (samples, statistic) in measures.items():
-            found = interval(samples, statistic, paired=True, resamples=resamples, seed=seed)
+            found = value_and_interval(samples, statistic, paired=True, resamples=resamples, seed=seed)
             table = pd.DataFrame({"level": level, "name": list(members), "measure": measure, **found})
             rows.append(table)
     return pd.concat(rows, ignore_index=True)
@@ -149,8 +155,8 @@ def evaluate_reconstruction(
     """
     network.eval()
     loaded, prepare = load_atlas(atlas), Compose(transforms)
-    members = units(loaded, "label")
-    labels, hidden = unit_index(loaded, members), unit_index(loaded, units(loaded, hide_by))
+    members = parcels_of(loaded, "label")
+    labels, hidden = parcel_index(loaded, members), parcel_index(loaded, parcels_of(loaded, hide_by))
     own = {"masked_mse": MaskedMSE(), "temporal_r2": TemporalR2()}
     tables = []
     for position in tqdm(range(len(clips)), desc="rebuild regions", unit="clip"):

@@ -10,43 +10,18 @@ from monai.engines import Evaluator
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import structural_rank
 from scipy.special import expit
-from sklearn.metrics import roc_curve
 
-from bundle.errors import InputError
-from bundle.evaluation.intervals import least_rate, limits
-from bundle.preparation.store import write_json, write_text
-from bundle.training.metrics import SubjectScores, subject_scores
+from bundle.evaluation.intervals import bootstrap_interval, clopper_pearson_lower
+from bundle.files import write_json, write_text
+from bundle.tasks.case_control import SubjectScores, subject_scores, youden_threshold
 
 logger = logging.getLogger(__name__)
-
-
-def youden_threshold(labels: np.ndarray, logits: np.ndarray) -> float:
-    """Logit above which a subject is called a case, with the largest sensitivity + specificity.
-
-    The threshold lies midway between the two neighbouring scores, so that it is not tied to one subject's.
-
-    Args:
-        labels: 1 case, 0 control, (n,).
-        logits: (n,).
-
-    Raises:
-        InputError: one class is absent.
-    """
-    if len(np.unique(labels)) < 2:
-        only = "cases" if labels.any() else "controls"
-        raise InputError(f"the validation set holds only {only}, so no threshold can be chosen; make other splits")
-    false_positives, true_positives, thresholds = roc_curve(labels, logits, drop_intermediate=False)
-    best = int(np.argmax(true_positives - false_positives))
-    if not np.isfinite(thresholds[best]):  # "call nobody a case" is the best that can be done
-        return float(logits.max())
-    below = logits[logits < thresholds[best]]
-    return float((thresholds[best] + below.max()) / 2) if below.size else float(thresholds[best] - 1e-6)
 
 
 def score_table(
     labels: np.ndarray, logits: np.ndarray, threshold: float, resamples: int, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Scores of one test set with 95 % intervals over subjects, see `with_limits`.
+    """Scores of one test set with 95 % intervals over subjects, see `with_intervals`.
 
     Args:
         labels: 1 case, 0 control, one per subject. Where one class is absent, as at a small site left out, only the
@@ -64,13 +39,13 @@ def score_table(
     above = (1 + np.sign(np.subtract.outer(cases, controls))) / 2  # (cases, controls); a tie is one half
     correct = ((logits > threshold) == (labels == 1)).astype(float)
     scores = subject_scores(labels, logits, threshold)
-    table = with_limits(scores, labels, correct, above, np.ones_like(above), resamples, seed)
+    table = with_intervals(scores, labels, correct, above, np.ones_like(above), resamples, seed)
     majority = max(len(cases), len(controls)) / len(labels)
     table["majority_accuracy"] = {"value": majority, "low": majority, "high": majority}
     return table
 
 
-def with_limits(
+def with_intervals(
     scores: Mapping[str, float],
     labels: np.ndarray,
     correct: np.ndarray,
@@ -110,15 +85,15 @@ def with_limits(
             auroc = (a @ (above * weights) * b).sum(-1) / (a @ weights * b).sum(-1)
         return np.stack([auroc, (a @ cases / n + b @ controls / m) / 2, (a @ cases + b @ controls) / (n + m)])
 
-    ends = limits((np.arange(n), np.arange(m)), statistic, resamples, seed)
+    ends = bootstrap_interval((np.arange(n), np.arange(m)), statistic, resamples, seed)
     low, high = (np.broadcast_to(end, 3).tolist() for end in ends)
     trials = (structural_rank(csr_array(weights)), min(n, m), min(n, m))
     table = {}
     for position, name in enumerate(("auroc", "balanced_accuracy", "accuracy")):
         if low[position] == 1:
-            low[position] = least_rate(trials[position])
+            low[position] = clopper_pearson_lower(trials[position])
         if high[position] == 0:
-            high[position] = 1 - least_rate(trials[position])
+            high[position] = 1 - clopper_pearson_lower(trials[position])
         table[name] = {"value": scores[name], "low": low[position], "high": high[position]}
     return table
 
@@ -148,12 +123,12 @@ def evaluate(
     """
     validator.run()
     tester.run()
-    return write_test(
+    return write_test_scores(
         pd.DataFrame(validation_scores.subjects), pd.DataFrame(test_scores.subjects), output_dir, resamples, seed
     )
 
 
-def write_test(
+def write_test_scores(
     validation: pd.DataFrame,
     subjects: pd.DataFrame,
     output_dir: str | Path,

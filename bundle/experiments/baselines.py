@@ -33,8 +33,9 @@ from bundle.anatomy import grid
 from bundle.anatomy.atlas import Atlas, labels_on, load_atlas
 from bundle.data.splits import SETS, load_splits
 from bundle.errors import InputError
-from bundle.evaluation.subjects import write_test
-from bundle.preparation.store import read_clip, read_manifest, read_voxels, write_json, write_text
+from bundle.evaluation.subjects import write_test_scores
+from bundle.files import write_json, write_text
+from bundle.preparation.store import read_clip, read_manifest, read_voxels
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +238,7 @@ def run_baseline(
     }
     # a constant score has no threshold to choose: the more frequent class of the training set is the answer
     threshold = 0.0 if name == "majority" else None
-    table = write_test(tables["validation"], tables["test"], folder, resamples, seed, threshold)
+    table = write_test_scores(tables["validation"], tables["test"], folder, resamples, seed, threshold)
     facts: dict[str, Any] = {"baseline": name, "chosen": getattr(model, "best_params_", {})}
     facts["features"] = list(features) if isinstance(features, pd.DataFrame) else "connectivity"
     write_json(Path(folder) / "baseline.json", facts)

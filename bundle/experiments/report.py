@@ -21,11 +21,11 @@ from bundle.experiments.statistics import (
     REFERENCE,
     Outcomes,
     compare,
-    finished_cells,
+    finished_trials,
     metric_of,
     read_outcomes,
 )
-from bundle.preparation.store import slug, write_text
+from bundle.files import slug, write_text
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 from matplotlib import pyplot as plt
@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
-Cells = list[tuple[Path, dict]]
+Trials = list[tuple[Path, dict]]
 
 
 def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, reference: str = REFERENCE) -> Path:
@@ -49,10 +49,10 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
         The path of the HTML file.
 
     Raises:
-        InputError: the folder holds no results, or no cell is finished.
+        InputError: the folder holds no results, or no trial is finished.
     """
     results = Path(results)
-    cells = finished_cells(results)
+    trials = finished_trials(results)
     tested = read_outcomes(results)
     plan, data = (json.loads((results / name).read_text()) for name in ("sweep.json", "data.json"))
     atlas = plan["overrides"].get("atlas")
@@ -62,18 +62,18 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
     label = {True: "SYNTHETIC data", False: "", None: "data of unknown origin"}[data["synthetic"]]
 
     table = compare(tested, reference, resamples, seed)
-    table = table.merge(_own_reconstruction(cells), on="strategy", how="left")
-    table.insert(1, "kind", table["strategy"].map({record["strategy"]: record["kind"] for _, record in cells}))
-    regions = region_reconstruction(cells, atlas, resamples, seed)
+    table = table.merge(_own_reconstruction(trials), on="strategy", how="left")
+    table.insert(1, "kind", table["strategy"].map({record["strategy"]: record["kind"] for _, record in trials}))
+    regions = region_reconstruction(trials, atlas, resamples, seed)
     write_text(results / "table.csv", table.to_csv(index=False))
     write_text(results / "regions.csv", regions.to_csv(index=False))
     _save(forest_plot(table, label), pictures / "forest.png")
-    curves = {stage: figure for stage in ("pretrain", "train") if (figure := curves_plot(cells, stage, label))}
+    curves = {stage: figure for stage in ("pretrain", "train") if (figure := curves_plot(trials, stage, label))}
     for stage, figure in curves.items():
         _save(figure, pictures / f"curves_{stage}.png")
-    attributed = attribution_figures(cells, atlas, pictures, resamples, seed, label)
+    attributed = attribution_figures(trials, atlas, pictures, resamples, seed, label)
 
-    names = dict.fromkeys(Path(record["settings"]["splits_file"]).name for _, record in cells)
+    names = dict.fromkeys(Path(record["settings"]["splits_file"]).name for _, record in trials)
     splits = [results / "splits" / name for name in names]  # an earlier plan's are there too
     context = {
         "label": label,
@@ -88,9 +88,9 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
         "regions": _wide(regions),
         "curves": list(curves),
         "attributed": attributed,
-        "cells": [{"name": folder.name} | record for folder, record in cells],
-        "unfinished": sorted(set(plan["cells"]) - {folder.name for folder, _ in cells}),
-        "versions": _versions(cells),
+        "trials": [{"name": folder.name} | record for folder, record in trials],
+        "unfinished": sorted(set(plan["trials"]) - {folder.name for folder, _ in trials}),
+        "versions": _versions(trials),
         "configs": {path.stem: path.read_text() for path in sorted((results / "configs").glob("*.json"))},
         "splits": {path.stem: json.loads(path.read_text())["sha256"] for path in splits},
     }
@@ -131,10 +131,10 @@ def _with_limits(row: Mapping[str, Any], name: str) -> str:
     return f"{_number(row[name])} ({_number(row[f'{name}_low'])}–{_number(row[f'{name}_high'])})"
 
 
-def _own_reconstruction(cells: Cells) -> pd.DataFrame:
-    """Each strategy's reconstruction with its own masks, the mean over its cells."""
+def _own_reconstruction(trials: Trials) -> pd.DataFrame:
+    """Each strategy's reconstruction with its own masks, the mean over its trials."""
     rows = []
-    for folder, record in cells:
+    for folder, record in trials:
         path = folder / "pretrain" / "reconstruction" / "reconstruction.json"
         if path.is_file():
             rows.append({"strategy": record["strategy"]} | json.loads(path.read_text()))
@@ -143,19 +143,19 @@ def _own_reconstruction(cells: Cells) -> pd.DataFrame:
     return scores.groupby("strategy").mean().reset_index()
 
 
-def region_reconstruction(cells: Cells, atlas: Atlas, resamples: int, seed: int) -> pd.DataFrame:
-    """MSE and temporal R² of each strategy, region by region, over the subjects of all its cells."""
-    tables = _per_strategy(cells, Path("pretrain", "reconstruction", "reconstruction_subjects.csv"))
+def region_reconstruction(trials: Trials, atlas: Atlas, resamples: int, seed: int) -> pd.DataFrame:
+    """MSE and temporal R² of each strategy, region by region, over the subjects of all its trials."""
+    tables = _per_strategy(trials, Path("pretrain", "reconstruction", "reconstruction_subjects.csv"))
     bar = tqdm(tables.items(), desc="reconstruction by region", unit="strategy", disable=not tables)
     parts = [reconstruction.summarise(table, atlas, resamples, seed).assign(strategy=name) for name, table in bar]
     columns = ["strategy", "level", "name", "measure", "value", "low", "high"]
     return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
 
 
-def _per_strategy(cells: Cells, file: Path) -> dict[str, pd.DataFrame]:
-    """A table that the cells have, of all folds and seeds of each strategy."""
+def _per_strategy(trials: Trials, file: Path) -> dict[str, pd.DataFrame]:
+    """A table that the trials have, of all folds and seeds of each strategy."""
     tables: dict[str, list[pd.DataFrame]] = {}
-    for folder, record in cells:
+    for folder, record in trials:
         if (folder / file).is_file():
             table = pd.read_csv(folder / file, dtype={"participant_id": str})
             tables.setdefault(record["strategy"], []).append(table.assign(fold=record["fold"], seed=record["seed"]))
@@ -166,12 +166,12 @@ def _wide(regions: pd.DataFrame) -> dict[str, Any]:
     """Temporal R² and MSE of the whole and of the groups: one row per strategy, one column per region."""
     shown = regions[regions["level"] != "label"]
     names = list(dict.fromkeys(shown["name"]))
-    cells = {(row.strategy, row.measure, row.name): row._asdict() for row in shown.itertuples(index=False)}
+    trials = {(row.strategy, row.measure, row.name): row._asdict() for row in shown.itertuples(index=False)}
     strategies = list(dict.fromkeys(shown["strategy"]))
     return {
         "names": names,
         "measures": {
-            measure: {s: [cells[s, measure, name] for name in names] for s in strategies}
+            measure: {s: [trials[s, measure, name] for name in names] for s in strategies}
             for measure in ("temporal_r2", "mse")
             if len(shown)
         },
@@ -224,17 +224,17 @@ def forest_plot(table: pd.DataFrame, label: str) -> Figure:
     return figure
 
 
-def curves_plot(cells: Cells, stage: str, label: str) -> Figure | None:
+def curves_plot(trials: Trials, stage: str, label: str) -> Figure | None:
     """Learning curves of a stage: a panel per quantity, a colour per strategy, and a line per fold and seed.
 
     Returns:
         The picture, None where there are no curves.
     """
     parts = []
-    for folder, record in cells:
+    for folder, record in trials:
         if (folder / "curves.tsv").is_file():
             table = pd.read_csv(folder / "curves.tsv", sep="\t")
-            parts.append(table[table["stage"] == stage].assign(strategy=record["strategy"], cell=folder.name))
+            parts.append(table[table["stage"] == stage].assign(strategy=record["strategy"], trial=folder.name))
     curves = pd.concat(parts) if parts else pd.DataFrame(columns=["tag"])
     tags = [tag for tag in dict.fromkeys(curves["tag"]) if curves.loc[curves["tag"] == tag, "value"].notna().any()]
     if not tags:
@@ -247,7 +247,7 @@ def curves_plot(cells: Cells, stage: str, label: str) -> Figure | None:
     colours = plt.get_cmap("tab20")
     names = list(dict.fromkeys(curves["strategy"]))
     for axes, tag in zip(panels.flat, tags, strict=False):
-        for (strategy, _), line in curves[curves["tag"] == tag].groupby(["strategy", "cell"], sort=False):
+        for (strategy, _), line in curves[curves["tag"] == tag].groupby(["strategy", "trial"], sort=False):
             colour = colours(names.index(strategy) % 20)
             axes.plot(line["step"], line["value"], color=colour, alpha=0.8, linewidth=0.8, marker=".", markersize=3)
         axes.set(title=tag, xlabel="iterations" if tag == "iteration_loss" else "epochs")
@@ -260,15 +260,15 @@ def curves_plot(cells: Cells, stage: str, label: str) -> Figure | None:
 
 
 def attribution_figures(
-    cells: Cells, atlas: Atlas, pictures: Path, resamples: int, seed: int, label: str
+    trials: Trials, atlas: Atlas, pictures: Path, resamples: int, seed: int, label: str
 ) -> list[dict[str, Any]]:
-    """Pictures of each strategy's attribution over the subjects of all its cells, see `attribution.within_folds`.
+    """Pictures of each strategy's attribution over the subjects of all its trials, see `attribution.within_folds`.
 
     Returns:
         ``strategy``, ``method`` and ``pictures`` (file names) of each: the regions' separation per 1000 voxels.
     """
     found = []
-    tables = _per_strategy(cells, Path("train", "attribution", "attribution_subjects.csv"))
+    tables = _per_strategy(trials, Path("train", "attribution", "attribution_subjects.csv"))
     for strategy, table in tqdm(tables.items(), desc="attribution", unit="strategy", disable=not tables):
         keys = ["participant_id", "label", "method", "level", "name", "voxels"]
         subjects = attribution.within_folds(table).groupby(keys, sort=False)["value"].mean().reset_index()  # over seeds
@@ -285,10 +285,10 @@ def attribution_figures(
     return found
 
 
-def _versions(cells: Cells) -> dict[str, str]:
-    """Version of each package; all of them where cells were run with several."""
+def _versions(trials: Trials) -> dict[str, str]:
+    """Version of each package; all of them where trials were run with several."""
     seen: dict[str, set[str]] = {}
-    for _, record in cells:
+    for _, record in trials:
         for name, number in record["versions"].items():
             seen.setdefault(name, set()).add(number)
     return {name: ", ".join(sorted(numbers)) for name, numbers in seen.items()}

@@ -20,7 +20,7 @@ from statsmodels.stats.multitest import multipletests
 from tqdm.auto import tqdm
 
 from bundle.errors import InputError
-from bundle.evaluation.subjects import with_limits
+from bundle.evaluation.subjects import with_intervals
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Outcomes:
 def outcomes(rows: pd.DataFrame) -> Outcomes:
     """Arrange rows of ``participant_id``, ``label``, ``fold``, ``seed`` and ``margin`` of one strategy.
 
-    Seeds that lack a participant whom another seed has (an unfinished cell) are left out with a warning.
+    Seeds that lack a participant whom another seed has (an unfinished trial) are left out with a warning.
     """
     wide = rows.pivot(index="participant_id", columns="seed", values="margin").sort_index()
     complete = wide.dropna(axis=1)
@@ -74,7 +74,7 @@ def outcomes(rows: pd.DataFrame) -> Outcomes:
 
 
 def pooled_scores(tested: Outcomes, resamples: int = 2000, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Each metric with its 95 % interval over subjects (see `with_limits`); ``seed_sd`` over seeds.
+    """Each metric with its 95 % interval over subjects (see `with_intervals`); ``seed_sd`` over seeds.
 
     Returns:
         ``{metric: {"value", "low", "high", "seed_sd"}}``, NaN where there are too few subjects.
@@ -83,7 +83,7 @@ def pooled_scores(tested: Outcomes, resamples: int = 2000, seed: int = 0) -> dic
     above = _concordance(tested.margins[cases], tested.margins[controls])
     weights = _same_fold(tested, cases, controls)
     values = {metric: metric_of(tested, metric) for metric in METRICS}
-    scores = with_limits(values, tested.labels, tested.correct, above, weights, resamples, seed)
+    scores = with_intervals(values, tested.labels, tested.correct, above, weights, resamples, seed)
     for metric, score in scores.items():
         single = [metric_of(replace(tested, margins=margins[:, None]), metric) for margins in tested.margins.T]
         score["seed_sd"] = float(np.std(single, ddof=1)) if len(single) > 1 else float("nan")
@@ -247,33 +247,33 @@ def _paired(own: Outcomes, other: Outcomes, resamples: int, seed: int) -> dict[s
 
 
 def read_outcomes(results: str | Path) -> dict[str, Outcomes]:
-    """Test results of every strategy in a results folder, from its finished cells.
+    """Test results of every strategy in a results folder, from its finished trials.
 
     Raises:
-        InputError: no cell is finished.
+        InputError: no trial is finished.
     """
     tables: dict[str, list[pd.DataFrame]] = {}
-    for folder, record in finished_cells(results):
+    for folder, record in finished_trials(results):
         threshold = json.loads((folder / "scores.json").read_text())["threshold_logit"]
         table = pd.read_csv(folder / "subjects.tsv", sep="\t", dtype={"participant_id": str})
         table = table.assign(margin=table["logit"] - threshold, fold=record["fold"], seed=record["seed"])
         tables.setdefault(record["strategy"], []).append(table)
     if not tables:
-        raise InputError(f"{results}: no cell is finished; run `python -m scripts sweep` first")
+        raise InputError(f"{results}: no trial is finished; run `python -m scripts sweep` first")
     return {name: outcomes(pd.concat(parts)) for name, parts in tables.items()}
 
 
-def finished_cells(results: str | Path) -> list[tuple[Path, dict]]:
-    """Folder and ``cell.json`` of the cells that belong to the results' plan and are finished, in the plan's order."""
+def finished_trials(results: str | Path) -> list[tuple[Path, dict]]:
+    """Folder and ``trial.json`` of the finished trials that belong to the results' plan, in the plan's order."""
     results = Path(results)
     try:
-        plan = json.loads((results / "sweep.json").read_text())["cells"]
+        plan = json.loads((results / "sweep.json").read_text())["trials"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{results}: not a folder of results ({error}); run `python -m scripts sweep`") from error
-    cells = []
+    trials = []
     for name, sha256 in plan.items():
-        path = results / "cells" / name / "cell.json"
+        path = results / "trials" / name / "trial.json"
         record = json.loads(path.read_text()) if path.is_file() else {"finished": False}
         if record["finished"] and record["sha256"] == sha256:
-            cells.append((path.parent, record))
-    return cells
+            trials.append((path.parent, record))
+    return trials

@@ -1,9 +1,9 @@
-"""Many masking strategies x seeds x folds: each cell pretrains, trains a classifier and tests it once.
+"""Many masking strategies x seeds x folds: each trial pretrains, trains a classifier and tests it once.
 
 A sweep is a small JSON file:
 
     store       prepared store
-    results     folder of the results, one folder per cell in cells/
+    results     folder of the results, one folder per trial in trials/
     splits      {"folds": 10, "seed": 0, "test": "all" or [0, 3] or "sites"}; "sites" leaves one site out at a time
     strategies  names of configs/masks, "random_weights" (no pretraining), or {"name", "mask", "pretrain", "train"}
                 with overrides for the two stages
@@ -15,7 +15,7 @@ A sweep is a small JSON file:
     train       the same, for classification and what follows it
     steps       beyond training and test: any of "reconstruct", "attribute"
 
-Relative paths, in overrides too, count from the folder in which the sweep is started, wherever a cell is run.
+Relative paths, in overrides too, count from the folder in which the sweep is started, wherever a trial is run.
 """
 
 import hashlib
@@ -35,9 +35,9 @@ from tqdm.auto import tqdm
 from bundle.data.splits import make_splits, save_splits
 from bundle.errors import InputError
 from bundle.experiments.baselines import BASELINES, mean_motion
-from bundle.experiments.trial import Cell, Strategy, is_finished, run_cell
-from bundle.preparation.store import read_manifest, slug, write_json, write_text
-from bundle.process import config_file
+from bundle.experiments.trial import Strategy, Trial, is_finished, run_trial
+from bundle.files import config_file, slug, write_json, write_text
+from bundle.preparation.store import read_manifest
 from bundle.workers import dask_executor
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,8 @@ def _strategy(entry: Any) -> Strategy:
     return strategy
 
 
-def plan_cells(sweep: Sweep) -> list[Cell]:
-    """Write the split files, and list all cells, baselines first.
+def plan_trials(sweep: Sweep) -> list[Trial]:
+    """Write the split files, and list all trials, baselines first.
 
     Raises:
         InputError: the store cannot be read or split as asked, a config does not exist, or two sites or strategies
@@ -113,7 +113,7 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
     folds = _folds(sweep.splits, runs)
     _refuse_shared_files("sites", folds)
     _refuse_shared_files("strategies", [_strategy(entry).name for entry in sweep.strategies])
-    # with their hash: another plan for the same folder never changes the splits of a cell that waits
+    # with their hash: another plan for the same folder never changes the splits of a trial that waits
     files = {f: results / "splits" / f"fold-{slug(f)}-{splits['sha256'][:8]}.json" for f, splits in folds.items()}
     for fold, splits in folds.items():
         save_splits(splits, files[fold])
@@ -138,18 +138,18 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
         for own in map(_strategy, sweep.strategies)
     ]
     networks = [(strategy, seed, False) for seed in sweep.seeds for strategy in strategies]
-    cells = []
+    trials = []
     for (strategy, seed, baseline), (fold, splits) in _in_order(baselines + networks, folds):
         own = {"strategy": asdict(strategy), "seed": seed, "splits": splits["sha256"], "baseline": baseline}
         own["mask"] = None if strategy.mask is None else config_file(strategy.mask).read_text()
         own |= {} if baseline else networks_only
         name = f"{slug(strategy.name)}__seed-{seed}__fold-{slug(fold)}"
-        cells.append(
-            Cell(
+        trials.append(
+            Trial(
                 strategy=replace(strategy, mask=strategy.mask and _anywhere(strategy.mask)),
                 seed=seed,
                 fold=fold,
-                folder=str(results / "cells" / name),
+                folder=str(results / "trials" / name),
                 store=str(Path(sweep.store).absolute()),
                 splits_file=str(files[fold]),
                 baseline=baseline,
@@ -161,7 +161,7 @@ def plan_cells(sweep: Sweep) -> list[Cell]:
                 sha256=hashlib.sha256(json.dumps(shared | own, sort_keys=True).encode()).hexdigest(),
             )
         )
-    return cells
+    return trials
 
 
 def _anywhere(config: str) -> str:
@@ -190,7 +190,7 @@ def _folds(splits: Mapping[str, Any], runs: Sequence[dict]) -> dict[str, dict]:
 
 
 def _refuse_shared_files(what: str, names: Iterable[str]) -> None:
-    """Raise `InputError` if two names differ only in characters that file names of cells do not keep."""
+    """Raise `InputError` if two names differ only in characters that file names of trials do not keep."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(slug(name), name)
@@ -199,39 +199,39 @@ def _refuse_shared_files(what: str, names: Iterable[str]) -> None:
 
 
 def run_sweep(sweep: Sweep, workers: int = 1, scheduler: str | None = None) -> list[str]:
-    """Run every cell that is not finished; one that fails never stops the others.
+    """Run every trial that is not finished; one that fails never stops the others.
 
     Args:
         sweep: what to run.
-        workers: cells at a time on this machine.
-        scheduler: address of a Dask scheduler whose workers see the same files; they run the cells instead.
+        workers: trials at a time on this machine.
+        scheduler: address of a Dask scheduler whose workers see the same files; they run the trials instead.
 
     Returns:
-        What went wrong, one sentence per failed cell; empty if all are finished.
+        What went wrong, one sentence per failed trial; empty if all are finished.
     """
-    cells = plan_cells(sweep)
-    _write_plan(sweep, cells)
-    todo = [cell for cell in cells if not is_finished(cell)]
-    logger.info("%d of %d cells are finished; %d to run", len(cells) - len(todo), len(cells), len(todo))
+    trials = plan_trials(sweep)
+    _write_plan(sweep, trials)
+    todo = [trial for trial in trials if not is_finished(trial)]
+    logger.info("%d of %d trials are finished; %d to run", len(trials) - len(todo), len(trials), len(todo))
     with _executor(workers, scheduler) as executor:
         # bars of their own: baselines are fast, and would spoil the estimate
-        failures = _run_all(executor, [cell for cell in todo if cell.baseline], "baselines")
-        return failures + _run_all(executor, [cell for cell in todo if not cell.baseline], "networks")
+        failures = _run_all(executor, [trial for trial in todo if trial.baseline], "baselines")
+        return failures + _run_all(executor, [trial for trial in todo if not trial.baseline], "networks")
 
 
-def _run_all(executor: Executor, cells: Sequence[Cell], what: str) -> list[str]:
-    """Run cells in any order, with a bar that estimates the time left; return what went wrong.
+def _run_all(executor: Executor, trials: Sequence[Trial], what: str) -> list[str]:
+    """Run trials in any order, with a bar that estimates the time left; return what went wrong.
 
-    The estimate rests on the mean rate: cells that began together end together, which misleads a recent rate.
+    The estimate rests on the mean rate: trials that began together end together, which misleads a recent rate.
     """
     failures = []
-    futures = {executor.submit(run_cell, cell): cell for cell in cells}
-    with tqdm(total=len(cells), desc=what, unit="cell", smoothing=0, disable=not cells) as bar:
+    futures = {executor.submit(run_trial, trial): trial for trial in trials}
+    with tqdm(total=len(trials), desc=what, unit="trial", smoothing=0, disable=not trials) as bar:
         for future in as_completed(futures):
             error = _error(future)
             if error is not None:
                 failures.append(f"{Path(futures[future].folder).name}: {error}")
-                logger.error("cell %s", failures[-1], exc_info=None if isinstance(error, InputError) else error)
+                logger.error("trial %s", failures[-1], exc_info=None if isinstance(error, InputError) else error)
             bar.update()
     return failures
 
@@ -245,11 +245,11 @@ def _error(future: Future) -> BaseException | None:
 @contextmanager
 def _executor(workers: int, scheduler: str | None) -> Iterator[Executor]:
     if scheduler is None:
-        pool = ThreadPoolExecutor(workers)  # each cell's work is in processes of its own
+        pool = ThreadPoolExecutor(workers)  # each trial's work is in processes of its own
         try:
             yield pool
         finally:
-            pool.shutdown(cancel_futures=True)  # when interrupted, begin no other cell
+            pool.shutdown(cancel_futures=True)  # when interrupted, begin no other trial
         return
     with dask_executor(scheduler) as (remote, _):
         yield remote
@@ -283,10 +283,10 @@ def is_synthetic(sources: Sequence[str]) -> bool | None:
     return False if any(Path(source).is_file() for source in sources) else None
 
 
-def _write_plan(sweep: Sweep, cells: Sequence[Cell]) -> None:
+def _write_plan(sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Keep in the results folder what the report needs: the plan, the data's summary and the exact configs."""
     results = Path(sweep.results)
-    plan = asdict(sweep) | {"cells": {Path(cell.folder).name: cell.sha256 for cell in cells}}
+    plan = asdict(sweep) | {"trials": {Path(trial.folder).name: trial.sha256 for trial in trials}}
     plan["directory"] = str(Path.cwd())
     write_json(results / "sweep.json", plan)
     write_json(results / "data.json", describe_data(sweep.store))

@@ -52,7 +52,7 @@ from tqdm.auto import tqdm
 from bundle.anatomy.atlas import REGIONS, labels_on, load_atlas
 from bundle.errors import InputError
 from bundle.experiments.signals import BAND_HZ, COUPLED, band_frequencies, group_latents, label_signals
-from bundle.preparation.store import write_json
+from bundle.files import write_json
 
 logger = logging.getLogger(__name__)
 

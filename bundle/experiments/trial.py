@@ -1,9 +1,9 @@
-"""One cell of a sweep: pretrain, train a classifier, test it once; what is done is never done again.
+"""One trial of a sweep: pretrain, train a classifier, test it once; what is done is never done again.
 
-A cell whose ``cell.json`` says that it is finished, with the hash of everything that shapes it, is never run again. An
-unfinished one goes on from its last checkpoint; one with another hash is deleted and made anew.
+A trial whose ``trial.json`` says that it is finished, with the hash of everything that shapes it, is never run again.
+An unfinished one goes on from its last checkpoint; one with another hash is deleted and made anew.
 
-A cell is locked while it is run (see `bundle.process.locked`), by the file ``<cell>.lock`` beside its folder: a second
+A trial is locked while it is run (see `bundle.locks.locked`), by the file ``<trial>.lock`` beside its folder: a second
 process is refused. Its training process holds the lock too, so that a Dask worker that is lost while its training goes
 on keeps others out.
 """
@@ -23,8 +23,9 @@ import pandas as pd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bundle.experiments.baselines import run_baseline
-from bundle.preparation.store import write_json, write_text
-from bundle.process import locked, run_bundle
+from bundle.files import write_json, write_text
+from bundle.locks import locked
+from bundle.process import run_config
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Strategy:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One strategy (or baseline), seed and fold; ``sha256`` covers everything that shapes its result."""
 
     strategy: Strategy
@@ -60,91 +61,91 @@ class Cell:
     sha256: str
 
 
-def is_finished(cell: Cell) -> bool:
-    """Whether the cell's result is there and was made with what shapes the cell now."""
-    record = _record(cell)
-    return record is not None and record["sha256"] == cell.sha256 and record["finished"]
+def is_finished(trial: Trial) -> bool:
+    """Whether the trial's result is there and was made with what shapes the trial now."""
+    record = _record(trial)
+    return record is not None and record["sha256"] == trial.sha256 and record["finished"]
 
 
-def _record(cell: Cell) -> dict | None:
-    path = Path(cell.folder) / "cell.json"
+def _record(trial: Trial) -> dict | None:
+    path = Path(trial.folder) / "trial.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def run_cell(cell: Cell) -> None:
-    """Run the stages of one cell that are not done, then gather its scores, subjects and learning curves.
+def run_trial(trial: Trial) -> None:
+    """Run the stages of one trial that are not done, then gather its scores, subjects and learning curves.
 
     Raises:
         InputError: another process is running it, or a stage did not finish.
     """
-    with locked(Path(f"{cell.folder}.lock")) as lock:
-        if not is_finished(cell):  # another process may have finished it since the plan was made
-            _run_locked(cell, lock)
+    with locked(Path(f"{trial.folder}.lock")) as lock:
+        if not is_finished(trial):  # another process may have finished it since the plan was made
+            _run_locked(trial, lock)
 
 
-def _run_locked(cell: Cell, lock: int) -> None:
-    folder = Path(cell.folder)
-    record = _record(cell)
-    if record is not None and record["sha256"] != cell.sha256:
+def _run_locked(trial: Trial, lock: int) -> None:
+    folder = Path(trial.folder)
+    record = _record(trial)
+    if record is not None and record["sha256"] != trial.sha256:
         logger.warning("%s was made with other settings; it is deleted and made anew", folder)
         shutil.rmtree(folder)
         record = None
     record = record or {
-        "strategy": cell.strategy.name,
-        "kind": "baseline" if cell.baseline else "network",
-        "seed": cell.seed,
-        "fold": cell.fold,
-        "sha256": cell.sha256,
-        "settings": asdict(cell),
+        "strategy": trial.strategy.name,
+        "kind": "baseline" if trial.baseline else "network",
+        "seed": trial.seed,
+        "fold": trial.fold,
+        "sha256": trial.sha256,
+        "settings": asdict(trial),
         "seconds": {},
         "finished": False,
     }
-    stages = _baseline_stages(cell) if cell.baseline else _stages(cell, lock)
+    stages = _baseline_stages(trial) if trial.baseline else _stages(trial, lock)
     for name, stage in stages.items():
         if name not in record["seconds"]:
-            _write(cell, record)
+            _write(trial, record)
             started = time.monotonic()
             stage()
             record["seconds"][name] = round(time.monotonic() - started, 1)
-    if not cell.baseline:
+    if not trial.baseline:
         _gather(folder)
-    _write(cell, record | {"finished": True, "versions": {name: version(name) for name in PACKAGES}})
+    _write(trial, record | {"finished": True, "versions": {name: version(name) for name in PACKAGES}})
 
 
-def _write(cell: Cell, record: dict) -> None:
-    write_json(Path(cell.folder) / "cell.json", record)
+def _write(trial: Trial, record: dict) -> None:
+    write_json(Path(trial.folder) / "trial.json", record)
 
 
-def _baseline_stages(cell: Cell) -> dict[str, Callable[[], Any]]:
-    series = Path(cell.folder).parents[1] / "series"
-    name, folder = cell.strategy.name, Path(cell.folder)
-    run = partial(run_baseline, name, cell.store, cell.splits_file, folder, series, cell.resamples, cell.seed)
+def _baseline_stages(trial: Trial) -> dict[str, Callable[[], Any]]:
+    series = Path(trial.folder).parents[1] / "series"
+    name, folder = trial.strategy.name, Path(trial.folder)
+    run = partial(run_baseline, name, trial.store, trial.splits_file, folder, series, trial.resamples, trial.seed)
     return {"test": run}
 
 
-def _stages(cell: Cell, lock: int) -> dict[str, Callable[[], Any]]:
-    """The stages of a cell in order, each of which runs one process."""
-    folder = Path(cell.folder)
-    common = {"dataset_dir": cell.store, "splits_file": cell.splits_file, "seed": cell.seed} | dict(cell.overrides)
-    common["bootstrap_resamples"] = cell.resamples
-    pretraining = common | dict(cell.strategy.pretrain) | {"output_dir": folder / "pretrain"}
-    encoder = "random" if cell.strategy.mask is None else folder / "pretrain" / "best.pt"
-    training = common | dict(cell.strategy.train) | {"output_dir": folder / "train", "encoder_checkpoint": encoder}
-    mask, overlays = cell.strategy.mask, cell.configs
+def _stages(trial: Trial, lock: int) -> dict[str, Callable[[], Any]]:
+    """The stages of a trial in order, each of which runs one process."""
+    folder = Path(trial.folder)
+    common = {"dataset_dir": trial.store, "splits_file": trial.splits_file, "seed": trial.seed} | dict(trial.overrides)
+    common["bootstrap_resamples"] = trial.resamples
+    pretraining = common | dict(trial.strategy.pretrain) | {"output_dir": folder / "pretrain"}
+    encoder = "random" if trial.strategy.mask is None else folder / "pretrain" / "best.pt"
+    training = common | dict(trial.strategy.train) | {"output_dir": folder / "train", "encoder_checkpoint": encoder}
+    mask, overlays = trial.strategy.mask, trial.configs
     jobs: dict[str, tuple[str, list[str], dict]] = {}
     if mask is not None:
         jobs["pretrain"] = ("pretrain", ["pretrain", mask, *overlays], pretraining)
-        if "reconstruct" in cell.steps:
+        if "reconstruct" in trial.steps:
             jobs["reconstruct"] = ("run", ["pretrain", mask, "reconstruct", *overlays], pretraining)
     jobs["train"] = ("run", ["train", *overlays], training)
     jobs["test"] = ("run", ["train", "evaluate", *overlays], training)
-    if "attribute" in cell.steps:
+    if "attribute" in trial.steps:
         jobs["attribute"] = ("run", ["train", "attribute", *overlays], training)
-    return {name: partial(run_bundle, *job, folder / "log.txt", lock, cell.directory) for name, job in jobs.items()}
+    return {name: partial(run_config, *job, folder / "log.txt", lock, trial.directory) for name, job in jobs.items()}
 
 
 def _gather(folder: Path) -> None:
-    """Bring what the report needs to the top of the cell's folder, and drop checkpoints only a resume needs."""
+    """Bring what the report needs to the top of the trial's folder, and drop checkpoints only a resume needs."""
     for name in ("scores.json", "subjects.tsv"):
         shutil.copy(folder / "train" / "evaluation" / name, folder / name)
     write_text(folder / "curves.tsv", learning_curves(folder).to_csv(sep="\t", index=False))

@@ -10,9 +10,9 @@ from bundle.errors import InputError
 from bundle.experiments.statistics import pooled_scores, read_outcomes
 from bundle.experiments.sweep import Sweep, run_sweep
 from bundle.experiments.synthetic import EFFECTS, make_cohort
+from bundle.files import write_json, write_text
 from bundle.preparation.prepare import prepare, refuse_failed_rows
 from bundle.preparation.sources import find_runs
-from bundle.preparation.store import write_json, write_text
 
 
 def prepared_cohort(folder: Path, subjects: int, planted: str, effect: float, seed: int) -> Path:
@@ -47,13 +47,13 @@ def truth_test(
         subjects: size of each cohort.
         resamples: bootstrap resamples.
         cohort: makes a cohort's store, from folder, subjects, planted, effect and seed.
-        workers: cells at a time.
+        workers: trials at a time.
 
     Returns:
         Rows of ``planted``, ``seed``, ``strategy``, ``value``, ``low``, ``high`` of the AUROC.
 
     Raises:
-        InputError: ``planted`` names something else, or cells have failed: half a table is no test.
+        InputError: ``planted`` names something else, or trials have failed: half a table is no test.
     """
     folder = Path(folder)
     unknown = set(planted) - {"nothing", *EFFECTS}
@@ -72,7 +72,7 @@ def truth_test(
                 score = pooled_scores(own, resamples, seed)["auroc"]
                 rows.append({"planted": what, "seed": seed, "strategy": strategy} | score)
     if failures:
-        raise InputError(f"{len(failures)} cells failed; run again to go on. " + "; ".join(failures))
+        raise InputError(f"{len(failures)} trials failed; run again to go on. " + "; ".join(failures))
     table = pd.DataFrame(rows)
     write_text(folder / "truth.csv", table.to_csv(index=False, float_format="%.4f"))
     write_json(folder / "truth_summary.json", summarise(table).to_dict("records"))

@@ -14,30 +14,17 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from torch import Tensor, nn
+from torch import Tensor
 
-from bundle.anatomy import grid
-from bundle.anatomy.atlas import REGIONS, Regions, labels_on, load_atlas, region_labels
+from bundle.anatomy.atlas import REGIONS, labels_on, region_labels
 from bundle.errors import InputError
-from bundle.masking import draws as masking
+from bundle.files import write_json
+from bundle.masking import draws
 from bundle.masking.transforms import AAL3ROIMaskd
-from bundle.preparation.store import write_json
-from bundle.training.metrics import EngineMetric
 
 logger = logging.getLogger(__name__)
-
-
-def region_index(regions: Sequence[Regions], atlas: str | Path | None = None) -> Tensor:
-    """Which region each voxel of the grid belongs to: int64 of `grid.SHAPE`, 0 for none, 1 for the first."""
-    loaded = load_atlas(atlas)
-    labels = labels_on(loaded, grid.AFFINE, grid.SHAPE)
-    index = np.zeros(grid.SHAPE, np.int64)
-    for number, region in enumerate(regions, start=1):
-        index[np.isin(labels, region_labels(region, loaded.names))] = number
-    return torch.from_numpy(index)
 
 
 class CurriculumMaskd(AAL3ROIMaskd):
@@ -96,45 +83,7 @@ class CurriculumMaskd(AAL3ROIMaskd):
         """Return one region, in the image's world space."""
         labels = labels_on(self.atlas, image.affine.cpu().double().numpy(), image.shape[1:4])
         choice = int(rng.choice(len(self.choices), p=self.probabilities))
-        return torch.from_numpy(masking.region_mask(labels, self.choices[choice]))
-
-
-class RegionMSE(EngineMetric):
-    """Mean squared error of each region's masked voxels, over all clips and ranks.
-
-    Args:
-        regions: the regions, as in `CurriculumMaskd`.
-        atlas: label image; None: AAL3v1, 1 mm.
-    """
-
-    def __init__(self, regions: Sequence[str | int] = tuple(REGIONS), atlas: str | Path | None = None) -> None:
-        self.regions = list(regions)
-        self.index = region_index(self.regions, atlas)
-        super().__init__()
-
-    @reinit__is_reduced
-    def reset(self) -> None:
-        """Start a new epoch."""
-        self._squared = torch.zeros(len(self.regions) + 1, dtype=torch.float64)
-        self._count = torch.zeros(len(self.regions) + 1, dtype=torch.float64)
-
-    @reinit__is_reduced
-    def update(self, output: tuple[Tensor, dict]) -> None:
-        """Add a batch: prediction ``(B, 1, X, Y, Z, T)`` on the fixed grid, and its ``{"image", "mask"}``."""
-        prediction, target = output
-        mask = target["mask"] if target["mask"].ndim == prediction.ndim else target["mask"].unsqueeze(-1)
-        squared = (prediction.detach().float() - target["image"].float()).square() * mask
-        frames = mask.expand_as(prediction).sum((0, 1, -1))  # (X, Y, Z)
-        index, size = self.index.flatten(), len(self.regions) + 1
-        summed = squared.sum((0, 1, -1)).double().flatten().cpu()
-        self._squared += torch.bincount(index, summed, minlength=size)
-        self._count += torch.bincount(index, frames.double().flatten().cpu(), minlength=size)
-
-    @sync_all_reduce("_squared", "_count")
-    def compute(self) -> dict[str | int, float]:
-        """Return the error of each region that was masked at all."""
-        pairs = zip(self.regions, self._squared[1:].tolist(), self._count[1:].tolist(), strict=True)
-        return {region: squared / count for region, squared, count in pairs if count}
+        return torch.from_numpy(draws.region_mask(labels, self.choices[choice]))
 
 
 class FollowRegionErrors:
@@ -192,37 +141,3 @@ class ResumeCurriculum:
 
 def _read_history(path: Path) -> dict[str, list[float]]:
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-class RegionWeightedMSELoss(nn.Module):
-    """Mean squared error over masked voxels, each weighted by its region.
-
-    Args:
-        weights: region to weight, positive; voxels of no named region weigh 1. ``"balanced"``: each of the seven
-            regions weighs the same as a whole, however many voxels it has, and so do the voxels outside them.
-        atlas: label image; None: AAL3v1, 1 mm.
-
-    Raises:
-        InputError: a weight that is not positive, or an unknown region.
-    """
-
-    voxel_weight: Tensor  # (1, 1, X, Y, Z, 1)
-
-    def __init__(self, weights: Mapping[str, float] | str, atlas: str | Path | None = None) -> None:
-        super().__init__()
-        if weights != "balanced" and (isinstance(weights, str) or not all(w > 0 for w in weights.values())):
-            raise InputError(f"weights must be 'balanced' or positive numbers by region, not {weights!r}")
-        named = REGIONS if isinstance(weights, str) else weights
-        index = region_index(list(named), atlas)
-        if isinstance(weights, str):
-            table = 1 / torch.bincount(index.flatten(), minlength=len(named) + 1)
-        else:
-            table = torch.tensor([1.0, *weights.values()])
-        self.register_buffer("voxel_weight", table[index].float()[None, None, ..., None], persistent=False)
-
-    def forward(self, prediction: Tensor, target: dict[str, Tensor]) -> Tensor:
-        """Return the scalar loss of ``prediction`` ``(B, 1, X, Y, Z, T)`` on the fixed grid."""
-        mask = target["mask"] if target["mask"].ndim == prediction.ndim else target["mask"].unsqueeze(-1)
-        weight = self.voxel_weight.to(prediction.device) * mask
-        squared = (prediction.float() - target["image"].float()).square()
-        return (weight * squared).sum() / weight.expand_as(squared).sum()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bundle.anatomy.atlas import Regions, labels_on, load_atlas, region_labels
 from bundle.errors import InputError
-from bundle.masking import draws as masking
+from bundle.masking import draws
 
 
 class _AddMaskd(Randomizable, MapTransform):
@@ -132,10 +132,10 @@ class AAL3ROIMaskd(_AddMaskd):
         labels = labels_on(self.atlas, _affine(image), image.shape[1:4])
         wanted = self.wanted
         if self.fraction < 1 and not self.split_labels:
-            wanted = masking.part_of_labels(labels, wanted, self.fraction, rng)
-        mask = torch.from_numpy(masking.region_mask(labels, wanted)).to(image.device)
+            wanted = draws.part_of_labels(labels, wanted, self.fraction, rng)
+        mask = torch.from_numpy(draws.region_mask(labels, wanted)).to(image.device)
         if self.fraction < 1 and self.split_labels:
-            mask = masking.blob(mask, round(self.fraction * int(mask.sum())), _affine(image), rng)
+            mask = draws.blob(mask, round(self.fraction * int(mask.sum())), _affine(image), rng)
         return mask
 
 
@@ -177,8 +177,8 @@ class EqualVolumeMaskd(_AddMaskd):
     def draw(self, item: dict, image: MetaTensor, rng: np.random.RandomState) -> Tensor:
         """Return a blob in the brain, of the region's volume."""
         labels = labels_on(self.atlas, _affine(image), image.shape[1:4])
-        voxels = int(masking.region_mask(labels, self.wanted).sum())
-        return masking.blob(_brain(item, self.brain_key, image), voxels, _affine(image), rng)
+        voxels = int(draws.region_mask(labels, self.wanted).sum())
+        return draws.blob(_brain(item, self.brain_key, image), voxels, _affine(image), rng)
 
 
 class RandomTokenMaskd(_AddMaskd):
@@ -209,7 +209,7 @@ class RandomTokenMaskd(_AddMaskd):
         ratio: float = 0.1,
         tube: bool = False,
         where: str = "brain",
-        patch: int = masking.PATCH,
+        patch: int = draws.PATCH,
         brain_key: str = "brain",
         mask_key: str = "mask",
         seed: int = 0,
@@ -229,13 +229,13 @@ class RandomTokenMaskd(_AddMaskd):
         within = None
         if self.where == "brain":
             brain = _brain(item, self.brain_key, image)
-            within = masking.tokens_with(brain, self.patch).cpu().numpy()
+            within = draws.tokens_with(brain, self.patch).cpu().numpy()
         frames = image.shape[0] if image.ndim == 4 else image.shape[4]
-        tokens = (*masking.token_grid(tuple(image.shape[1:4]), self.patch), frames)
+        tokens = (*draws.token_grid(tuple(image.shape[1:4]), self.patch), frames)
         block = (*self.block[:3], frames) if self.tube else self.block
-        hidden = torch.from_numpy(masking.random_blocks(tokens, block, self.ratio, rng, within))
+        hidden = torch.from_numpy(draws.random_blocks(tokens, block, self.ratio, rng, within))
         hidden = hidden[..., 0] if self.tube else hidden
-        return masking.to_voxels(hidden.to(image.device), self.patch)
+        return draws.to_voxels(hidden.to(image.device), self.patch)
 
 
 class WindowMaskd(RandomTokenMaskd):
@@ -245,7 +245,7 @@ class WindowMaskd(RandomTokenMaskd):
     is of the windows, and ``where="brain"`` draws among windows with a brain voxel.
     """
 
-    block = masking.WINDOW
+    block = draws.WINDOW
 
 
 def _share(name: str, value: float) -> float:

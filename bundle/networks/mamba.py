@@ -34,26 +34,26 @@ class Mamba(nn.Module):
         super().__init__()
         inner = 2 * channels
         self.step_rank = math.ceil(channels / 16)
-        self.expand = nn.Linear(channels, 2 * inner, bias=False)
-        self.conv = nn.Conv1d(inner, inner, KERNEL, groups=inner)  # for its parameters; `_CausalConv` runs them
-        self.select = nn.Linear(inner, self.step_rank + 2 * STATES, bias=False)
-        self.step = nn.Linear(self.step_rank, inner)
-        self.log_decay = nn.Parameter(torch.arange(1, STATES + 1).float().log().repeat(inner, 1))  # (d, n)
-        self.skip = nn.Parameter(torch.ones(inner))
-        self.contract = nn.Linear(inner, channels, bias=False)
-        nn.init.uniform_(self.step.weight, -(self.step_rank**-0.5), self.step_rank**-0.5)
+        self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, KERNEL, groups=inner)  # for its parameters; `_CausalConv` runs them
+        self.x_proj = nn.Linear(inner, self.step_rank + 2 * STATES, bias=False)
+        self.dt_proj = nn.Linear(self.step_rank, inner)
+        self.A_log = nn.Parameter(torch.arange(1, STATES + 1).float().log().repeat(inner, 1))  # (d, n)
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, channels, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -(self.step_rank**-0.5), self.step_rank**-0.5)
         with torch.no_grad():
             steps = torch.exp(torch.empty(inner).uniform_(math.log(MIN_STEP), math.log(MAX_STEP)))
-            self.step.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
+            self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
 
-    def forward(self, tokens: Tensor, kept: list[Tensor] | None = None) -> Tensor:
-        """Map (b, l, c) to (b, l, c); `kept` as in `selective_scan`."""
-        x, gate = self.expand(tokens).chunk(2, dim=-1)  # each (b, l, d), d = 2 c
-        x = functional.silu(_CausalConv.apply(x, self.conv.weight, self.conv.bias))
-        step, b, c = self.select(x).split([self.step_rank, STATES, STATES], dim=-1)
-        step = functional.softplus(self.step(step))
-        y = scan_for(x.device.type)(x, step, -torch.exp(self.log_decay), b, c, self.skip, kept)
-        return self.contract(y * functional.silu(gate))
+    def forward(self, tokens: Tensor, saved_states: list[Tensor] | None = None) -> Tensor:
+        """Map (b, l, c) to (b, l, c); `saved_states` as in `selective_scan`."""
+        x, gate = self.in_proj(tokens).chunk(2, dim=-1)  # each (b, l, d), d = 2 c
+        x = functional.silu(_CausalConv.apply(x, self.conv1d.weight, self.conv1d.bias))
+        step, b, c = self.x_proj(x).split([self.step_rank, STATES, STATES], dim=-1)
+        step = functional.softplus(self.dt_proj(step))
+        y = scan_for(x.device.type)(x, step, -torch.exp(self.A_log), b, c, self.D, saved_states)
+        return self.out_proj(y * functional.silu(gate))
 
 
 class _CausalConv(torch.autograd.Function):
@@ -111,11 +111,11 @@ def scan_for(device: str) -> Scan:
     logger.info("selective scan: fused kernel of mamba-ssm on cuda")
 
     def fused_scan(
-        u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, kept: list[Tensor] | None = None
+        u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, saved_states: list[Tensor] | None = None
     ) -> Tensor:
         """`selective_scan` through the fused kernel, which wants time last, (b, d, l) and (b, n, l).
 
-        The kernel cannot use `kept`: it stays empty, and checkpointing runs the kernel again.
+        The kernel cannot use `saved_states`: it stays empty, and checkpointing runs the kernel again.
         """
         u, delta, b, c = (tensor.float().transpose(1, 2).contiguous() for tensor in (u, delta, b, c))
         return selective_scan_fn(u, delta, a.float(), b, c, d.float()).transpose(1, 2)

@@ -8,7 +8,7 @@ code):
 
 Storing every h[t] needs N times the memory of the input, and working in log space with cumulative sums
 overflows. So the tokens are walked in order, `CHUNK` at a time, for a tile of sequences whose states fit into
-the cache. Only the state at the start of each chunk is kept; the backward pass recomputes the rest. On a CPU
+the cache. Only the state at the start of each chunk is saved_states; the backward pass recomputes the rest. On a CPU
 both walks, forward and back, also exist in C, for those who install them (`bundle.networks.compiled`).
 
 In PyTorch they make many short parallel calls. On a CPU that other processes use as well, the idle OpenMP threads
@@ -47,7 +47,7 @@ def selective_scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tenso
 
 
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, kept: list[Tensor] | None = None
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, saved_states: list[Tensor] | None = None
 ) -> Tensor:
     """Run the recurrence over the tokens of every sequence.
 
@@ -60,7 +60,7 @@ def selective_scan(
         B: input weights (b, l, n).
         C: output weights (b, l, n).
         D: skip weights (d,).
-        kept: for checkpointing around the scan. An empty list receives the result and the states that the
+        saved_states: for checkpointing around the scan. An empty list receives the result and the states that the
             backward pass needs; a filled one is emptied and gives them back, so that the scan runs once only.
 
     Returns:
@@ -68,7 +68,7 @@ def selective_scan(
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
     with torch.autocast(u.device.type, enabled=False):
-        return _SelectiveScan.apply(*(tensor.to(dtype) for tensor in (u, delta, A, B, C, D)), kept)
+        return _SelectiveScan.apply(*(tensor.to(dtype) for tensor in (u, delta, A, B, C, D)), saved_states)
 
 
 def rows_per_tile(device: torch.device, states: int, channels: int) -> int:
@@ -172,15 +172,22 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, kept: list[Tensor] | None
+        ctx: Any,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        saved_states: list[Tensor] | None,
     ) -> Tensor:
         walk, ctx.walk_back = _walks(u, delta, A, B, C, D)
-        if kept:
-            starts, y = kept.pop(), kept.pop()
+        if saved_states:
+            starts, y = saved_states.pop(), saved_states.pop()
         else:
             y, starts = walk(u, delta, A, B, C, D)
-            if kept is not None:
-                kept.extend((y.detach(), starts))
+            if saved_states is not None:
+                saved_states.extend((y.detach(), starts))
         ctx.save_for_backward(u, delta, A, B, C, D, starts)
         return y
 

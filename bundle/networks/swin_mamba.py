@@ -147,15 +147,15 @@ class WindowBlock(nn.Module):
     def _tile(self, windows: Tensor, real: Tensor | None) -> Tensor:
         plain = scan_for(windows.device.type) is selective_scan
         if torch.is_grad_enabled() and (plain or self.checkpointing):
-            kept: list[Tensor] | None = None if self.checkpointing else []
-            return checkpoint(self._mix, windows, real, kept, use_reentrant=False, preserve_rng_state=False)
+            saved_states: list[Tensor] | None = None if self.checkpointing else []
+            return checkpoint(self._mix, windows, real, saved_states, use_reentrant=False, preserve_rng_state=False)
         return self._mix(windows, real)
 
-    def _mix(self, windows: Tensor, real: Tensor | None, kept: list[Tensor] | None = None) -> Tensor:
+    def _mix(self, windows: Tensor, real: Tensor | None, saved_states: list[Tensor] | None = None) -> Tensor:
         normal = self.norm1(windows)
         if real is not None:
             normal = normal.where(real, 0)
-        windows = windows + self.mamba(normal, kept)
+        windows = windows + self.mamba(normal, saved_states)
         return windows + self.mlp(self.norm2(windows))
 
 

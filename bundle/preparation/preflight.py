@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from nilearn import plotting
 
 from bundle.anatomy import atlas, grid
+from bundle.anatomy.parcels import dense
 from bundle.errors import InputError
 from bundle.preparation import run_report
-from bundle.preparation.prepare import Preparation, attempt, identify_all, prepared_item, row_of
+from bundle.preparation.prepare import Preparation, attempt, identify_runs, prepared_item, row_of
 from bundle.preparation.sources import Run
-from bundle.workers import each_on
+from bundle.workers import parallel_map
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ def preflight(
     if not runs:
         raise InputError("there are no runs to look at; check the source")
     preparation = preparation or Preparation()
-    with each_on(workers, scheduler) as each:
-        identities = identify_all(preparation, runs, {}, each)
+    with parallel_map(workers, scheduler) as each:
+        identities = identify_runs(preparation, runs, {}, each)
         looked = each(partial(_look, preparation, pictures), list(zip(runs, identities, strict=True)), "looking")
     rows = [row for row, _ in looked]
     drawn = {row["run_id"]: picture for row, picture in looked if picture}
@@ -90,10 +91,8 @@ def picture(values: np.ndarray, voxels: np.ndarray) -> bytes:
     Returns:
         A PNG file's bytes.
     """
-    volume = np.full(np.prod(grid.SHAPE), values.min(), np.float32)
-    volume[voxels] = values
-    brain = np.zeros(volume.shape, np.float32)
-    brain[voxels] = 1
+    volume = dense(values.astype(np.float32), voxels, fill=values.min())
+    brain = dense(np.ones(len(voxels), np.float32), voxels)
     figure = Figure(figsize=(7.2, 2.6), facecolor="black")
     display = plotting.plot_anat(
         _image(volume), figure=figure, display_mode="ortho", cut_coords=(-24, -30, -10), cmap="gray", colorbar=False,
@@ -110,4 +109,4 @@ def picture(values: np.ndarray, voxels: np.ndarray) -> bytes:
 
 
 def _image(values: np.ndarray) -> nib.Nifti1Image:
-    return nib.Nifti1Image(values.reshape(grid.SHAPE), grid.AFFINE)
+    return nib.Nifti1Image(values, grid.AFFINE)

@@ -15,7 +15,9 @@ import nibabel as nib
 import numpy as np
 
 from bundle.anatomy import atlas, grid
+from bundle.anatomy.parcels import dense
 from bundle.errors import InputError
+from bundle.files import WriteError, file_sha256
 from bundle.preparation import run_report, store
 from bundle.preparation.bold import TR_RANGE, open_bold
 from bundle.preparation.confounds import Cleaning, clean_frames
@@ -31,7 +33,7 @@ from bundle.preparation.transforms import (
     ToGridd,
     ZScored,
 )
-from bundle.workers import each_on
+from bundle.workers import parallel_map
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ def prepare(
 
     Raises:
         InputError: there are no runs, a worker process was killed, or Dask cannot be used.
-        StoreWriteError: the store cannot be written; nothing half-written is left, and running again goes on.
+        WriteError: the store cannot be written; nothing half-written is left, and running again goes on.
     """
     if not runs:
         raise InputError("there are no runs to prepare; check the source")
@@ -135,8 +137,8 @@ def prepare(
     stored = store.read_records(folder)
     store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
 
-    with each_on(workers, scheduler) as each:
-        identities = identify_all(preparation, runs, stored, each)
+    with parallel_map(workers, scheduler) as each:
+        identities = identify_runs(preparation, runs, stored, each)
         rows = [
             _plan(preparation, run, identity, stored.get(run["run_id"]), folder)
             for run, identity in zip(runs, identities, strict=True)
@@ -180,7 +182,7 @@ def refuse_failed_rows(rows: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def identify_all(
+def identify_runs(
     preparation: Preparation, runs: Sequence[Run], stored: Mapping[str, dict], each: Callable
 ) -> list[dict[str, Any]]:
     """What decides whether each run is current, duplicates marked; {"problem": why} where a run cannot be used."""
@@ -198,8 +200,8 @@ def _identify(preparation: Preparation, run: Run) -> dict[str, Any]:
         bold = open_bold(run["bold"], run["tr"], run["space"])
         files = sorted({holder.filename for holder in bold.image.file_map.values()})
         return {
-            "source_sha256": store.file_sha256(*files),
-            "mask_sha256": None if run["mask"] is None else store.file_sha256(run["mask"]),
+            "source_sha256": file_sha256(*files),
+            "mask_sha256": None if run["mask"] is None else file_sha256(run["mask"]),
             "confounds_sha256": _confounds_sha256(run, preparation),
             "tr_in": bold.tr,
             "space": bold.space,
@@ -219,7 +221,7 @@ def _unexpected(run: Run, error: Exception) -> str:
 def _confounds_sha256(run: Run, preparation: Preparation) -> str | None:
     if not (preparation.cleaning.confounds or preparation.cleaning.max_fd) or run["confounds"] is None:
         return None
-    return store.file_sha256(run["confounds"])
+    return file_sha256(run["confounds"])
 
 
 def _refuse_duplicates(runs: Sequence[Run], identities: Sequence[dict], stored: Mapping[str, dict]) -> None:
@@ -291,7 +293,7 @@ def attempt(run: Run, preparation: Preparation, work: Callable[[], Mapping], sta
     """Do one run's work and give its row; what goes wrong with the run becomes the row's reason."""
     try:
         return row_of(run, preparation, status, record=work()["record"])
-    except store.StoreWriteError:
+    except WriteError:
         raise
     except ExcludedError as error:
         return row_of(run, preparation, "excluded", reason=str(error))
@@ -318,8 +320,7 @@ def prepared_item(run: Run, identity: Mapping[str, Any], preparation: Preparatio
     """
     item: dict[Any, Any] = {key: run[key] for key in ("bold", "mask", "tr", "space")}
     item = ToGridd(min_overlap=preparation.min_overlap)(LoadBOLDd()(item))
-    brain = np.zeros(grid.SHAPE, bool)
-    brain.ravel()[item["voxels"]] = True
+    brain = dense(np.ones(len(item["voxels"]), bool), item["voxels"])
     labels = atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE)
     item["record"] |= {
         "run_id": run["run_id"],

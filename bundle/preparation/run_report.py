@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from bundle.preparation.store import write_text
+from bundle.files import write_text
 
 _ORDER = {"failed": 0, "excluded": 1}
 _PAGE = """<!doctype html>
@@ -58,7 +58,7 @@ def write(
         pictures: PNG bytes by run id, shown below the table.
 
     Raises:
-        StoreWriteError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
     write_text(Path(folder) / tsv, pd.DataFrame(rows).to_csv(sep="\t", index=False))
     write_text(Path(folder) / page, _html(rows, title, pictures or {}))

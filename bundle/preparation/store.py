@@ -7,17 +7,10 @@ store/runs/<run_id>/run.json    the run's record: participant, provenance, mean,
 """
 
 import errno
-import hashlib
 import json
 import logging
-import math
-import os
 import re
-import shutil
-import socket
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import InputError
+from bundle.files import UNFINISHED, host_name, is_alive, remove_path, unfinished_beside, write_text
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-_UNFINISHED = ".unfinished"
 _CHUNK_FRAMES = 64
-
-
-class StoreWriteError(InputError):
-    """The store cannot be written (disk full, read-only); every later run would fail too."""
 
 
 def check_run_id(run_id: str) -> str:
@@ -48,11 +37,6 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
-def slug(name: str) -> str:
-    """A name with ``_`` for each character that not every file system keeps; two names may become the same."""
-    return re.sub(r"[^A-Za-z0-9+-]", "_", name)
-
-
 def write_run(store: str | Path, record: dict, frames: NDArray[np.float16], voxels: NDArray[np.integer]) -> None:
     """Write one run so that a reader sees all of it or nothing, replacing an earlier version.
 
@@ -63,10 +47,10 @@ def write_run(store: str | Path, record: dict, frames: NDArray[np.float16], voxe
         voxels: (V,) flat C-order indices into `grid.SHAPE`.
 
     Raises:
-        StoreWriteError: the disk is full, read-only or forbidden; nothing half-written is left.
+        WriteError: the disk is full, read-only or forbidden; nothing half-written is left.
     """
     target = Path(store) / "runs" / check_run_id(record["run_id"])
-    with _unfinished_beside(target) as folder:
+    with unfinished_beside(target) as folder:
         folder.mkdir(parents=True)
         _save_rows(folder / "frames.npy", frames)
         np.save(folder / "voxels.npy", voxels.astype(np.int32))
@@ -83,20 +67,20 @@ def remove_run(store: str | Path, run_id: str) -> None:
     """Take a run out of the store; nothing happens where it holds no such run.
 
     Raises:
-        StoreWriteError: the store cannot be written.
+        WriteError: the store cannot be written.
     """
     target = Path(store) / "runs" / run_id
     if target.is_dir():
-        with _unfinished_beside(target) as away:
+        with unfinished_beside(target) as away:
             target.rename(away)  # at once: a reader never sees half a run
-            _remove(away)
+            remove_path(away)
 
 
 def write_manifest(store: str | Path, parameters: dict, parameters_hash: str) -> dict:
     """Rebuild manifest.json from the runs' folders and return it (see `read_manifest`).
 
     Raises:
-        StoreWriteError: the store cannot be written.
+        WriteError: the store cannot be written.
     """
     while True:
         records = read_records(store)
@@ -109,52 +93,6 @@ def write_manifest(store: str | Path, parameters: dict, parameters_hash: str) ->
         write_text(Path(store) / "manifest.json", _json(manifest))
         if read_records(store) == records:  # else another process has finished a run, and may have been overwritten
             return manifest
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file of the store, whole or not at all.
-
-    Raises:
-        StoreWriteError: it cannot be written.
-    """
-    with _unfinished_beside(path) as unfinished:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write strict JSON, whole or not at all; NaN, which JSON lacks, becomes null.
-
-    Raises:
-        StoreWriteError: it cannot be written.
-        ValueError: a number is infinite.
-    """
-    write_text(path, json.dumps(_nan_to_null(content), indent=1, allow_nan=False) + "\n")
-
-
-def _nan_to_null(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _nan_to_null(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_nan_to_null(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content
-
-
-def file_sha256(*paths: str | Path) -> str:
-    """Hash of the bytes of one file, or of several one after another, hexadecimal.
-
-    Raises:
-        InputError: one of them cannot be read.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with Path(path).open("rb") as file:
-                hashlib.file_digest(file, lambda: digest)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    return digest.hexdigest()
 
 
 def read_manifest(store: str | Path) -> dict[str, Any]:
@@ -248,11 +186,11 @@ def is_intact(store: str | Path, record: dict) -> bool:
 
 def clean_unfinished(store: str | Path) -> None:
     """Remove what killed processes of this machine left behind; other machines' and live processes' stay."""
-    for path in [*Path(store).glob(f"{_UNFINISHED}@*"), *(Path(store) / "runs").glob(f"{_UNFINISHED}@*")]:
+    for path in [*Path(store).glob(f"{UNFINISHED}@*"), *(Path(store) / "runs").glob(f"{UNFINISHED}@*")]:
         _, host, pid, _ = path.name.split("@")
-        if host == _host() and not _alive(int(pid)):
+        if host == host_name() and not is_alive(int(pid)):
             logger.info("removing %s, left by a process that ended early", path)
-            _remove(path)
+            remove_path(path)
 
 
 def _folder(store: str | Path, run_id: str) -> Path:
@@ -279,22 +217,6 @@ def _save_rows(path: Path, frames: NDArray[np.float16]) -> None:
             file.write(np.ascontiguousarray(frames[start : start + _CHUNK_FRAMES], "<f2").data)
 
 
-@contextmanager
-def _unfinished_beside(target: Path) -> Iterator[Path]:
-    """A name beside the target that tells who is writing; removed when the writing fails."""
-    path = target.parent / f"{_UNFINISHED}@{_host()}@{os.getpid()}@{uuid.uuid4().hex}"
-    try:
-        yield path
-    except OSError as error:
-        _remove(path)
-        raise StoreWriteError(
-            f"{target} cannot be written ({error.strerror or error}); free space or choose another store"
-        ) from error
-    except BaseException:
-        _remove(path)
-        raise
-
-
 def _move_into_place(folder: Path, target: Path) -> None:
     """Rename a finished folder to its name, moving an older version, or another process's, out of the way."""
     while True:
@@ -306,31 +228,9 @@ def _move_into_place(folder: Path, target: Path) -> None:
             old = folder.with_name(f"{folder.name}-old")
             with suppress(FileNotFoundError):  # another process has just moved it away
                 target.rename(old)
-                _remove(old)
+                remove_path(old)
         else:
             return
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _host() -> str:
-    return socket.gethostname().replace("@", "-")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _json(content: dict) -> str:

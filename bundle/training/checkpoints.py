@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,66 +12,11 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
 
-from bundle.data.splits import load_splits
 from bundle.errors import InputError
-from bundle.preparation.store import file_sha256, read_manifest, write_json
-from bundle.preparation.transforms import mask_kind
+from bundle.files import file_sha256, written_whole
+from bundle.training.provenance import Provenance
 
 logger = logging.getLogger(__name__)
-
-
-class Provenance:
-    """What a checkpoint was made with: saved inside it, and compared when it is loaded.
-
-    Args:
-        facts: name and JSON value of everything that must not change between the runs that share a checkpoint.
-    """
-
-    def __init__(self, **facts: Any) -> None:
-        self.facts: dict[str, Any] = json.loads(json.dumps(facts))
-
-    def state_dict(self) -> dict[str, str]:
-        """Return the facts as one JSON string, which ``torch.load(weights_only=True)`` accepts."""
-        return {"facts": json.dumps(self.facts)}
-
-    def load_state_dict(self, state: Mapping[str, str]) -> None:
-        """Compare with the facts of a checkpoint.
-
-        Raises:
-            InputError: a fact differs; the message names it and both values.
-        """
-        self.require(json.loads(state["facts"]), list(self.facts), "the checkpoint")
-
-    def require(
-        self,
-        facts: Mapping[str, Any],
-        names: list[str],
-        source: str | Path,
-        advice: str = "use the same settings, or give another --output_dir",
-    ) -> None:
-        """Refuse ``facts`` of ``source`` that differ from ours in one of ``names``; ``advice`` says what to do."""
-        for name in names:
-            theirs, ours = facts.get(name), self.facts.get(name)
-            if theirs == ours:
-                continue
-            if isinstance(theirs, dict) and isinstance(ours, dict):  # of a network's many sizes, those that differ
-                differing = [key for key in theirs | ours if theirs.get(key) != ours.get(key)]
-                theirs, ours = ({key: side.get(key) for key in differing} for side in (theirs, ours))
-            raise InputError(f"{source}: was made with {name} {theirs!r}, but this run has {ours!r}; {advice}")
-
-
-def training_provenance(
-    store: str | Path, splits_file: str | Path, network: Mapping[str, Any], **settings: Any
-) -> Provenance:
-    """Facts of a training run: the store's preparation and brain masks, the split, network sizes, settings."""
-    manifest = read_manifest(store)
-    return Provenance(
-        preparation=manifest["parameters_hash"],
-        brain_masks=sorted({mask_kind(run) for run in manifest["runs"]}),
-        splits=load_splits(splits_file)["sha256"],
-        network=dict(network),
-        **settings,
-    )
 
 
 class KeepCheckpoints:
@@ -162,16 +106,13 @@ def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     """Write tensors and plain values to one file, atomically.
 
     Raises:
-        InputError: the disk is full or the folder cannot be written.
+        WriteError: the disk is full or the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save(state, partial)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); free some disk space and run again") from error
+    with written_whole(path) as unfinished:
+        try:
+            torch.save(state, unfinished)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise OSError(str(error)) from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -245,40 +186,3 @@ def load_network(network: nn.Module, path: str | Path, provenance: Provenance) -
     provenance.require(saved_facts(saved, path), list(provenance.facts), path)
     network.load_state_dict(saved["network"], strict=True)
     logger.info("Loaded %s (epoch %d)", path, saved["trainer"]["iteration"] // saved["trainer"]["epoch_length"])
-
-
-def release(checkpoint: str | Path, folder: str | Path) -> Path:
-    """Write the network of a checkpoint as ``model.pt``, a flat state dict, with its facts in ``model.json``.
-
-    This is the form that the model zoo and ``monai.bundle.load`` expect. The facts carry the hash of the weights,
-    so that the two files cannot be mixed up.
-
-    Returns:
-        The path of ``model.pt``.
-    """
-    saved = load_checkpoint(checkpoint)
-    facts = saved_facts(saved, checkpoint)
-    path = Path(folder) / "model.pt"
-    write_checkpoint(saved["network"], path)
-    write_json(path.with_suffix(".json"), facts | {"sha256": file_sha256(path)})
-    return path
-
-
-def load_released(network: nn.Module, path: str | Path, facts: Mapping[str, Any]) -> None:
-    """Load what `release` wrote, refusing weights whose recorded facts differ from ``facts``.
-
-    Raises:
-        InputError: a file is absent, the two do not belong together, or a fact differs.
-    """
-    path = Path(path)
-    state = load_checkpoint(path)
-    record = path.with_suffix(".json")
-    if not record.is_file():
-        raise InputError(f"{record}: absent, so nobody knows what {path.name} is; run `python -m scripts release`")
-    recorded = json.loads(record.read_text())
-    if recorded.get("sha256") != file_sha256(path):
-        raise InputError(f"{record}: does not belong to {path.name} (its sha256 differs); release the model again")
-    advice = "give the overlays and options that it was trained with (see the README on `preparation`)"
-    Provenance(**facts).require(recorded, list(facts), record, advice)
-    network.load_state_dict(state, strict=True)
-    logger.info("Loaded the model %s", path)

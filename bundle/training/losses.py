@@ -1,8 +1,14 @@
 """Training losses."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+
+from bundle.anatomy.atlas import REGIONS
+from bundle.anatomy.parcels import region_index
+from bundle.errors import InputError
 
 
 def masked_mse(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
@@ -37,9 +43,35 @@ class MaskedMSELoss(nn.Module):
         return masked_mse(prediction, target["image"], target["mask"])
 
 
-class CaseControlLoss(nn.Module):
-    """Binary cross-entropy of one logit per clip; ``target["label"]`` is 1 for cases and 0 for controls."""
+class RegionWeightedMSELoss(nn.Module):
+    """Mean squared error over masked voxels, each weighted by its region.
 
-    def forward(self, logit: Tensor, target: dict[str, torch.Tensor]) -> Tensor:
-        """Return the scalar loss of ``logit`` ``(B, 1)``."""
-        return binary_cross_entropy_with_logits(logit.float(), target["label"].float())
+    Args:
+        weights: region to weight, positive; voxels of no named region weigh 1. ``"balanced"``: each of the seven
+            regions weighs the same as a whole, however many voxels it has, and so do the voxels outside them.
+        atlas: label image; None: AAL3v1, 1 mm.
+
+    Raises:
+        InputError: a weight that is not positive, or an unknown region.
+    """
+
+    voxel_weight: Tensor  # (1, 1, X, Y, Z, 1)
+
+    def __init__(self, weights: Mapping[str, float] | str, atlas: str | Path | None = None) -> None:
+        super().__init__()
+        if weights != "balanced" and (isinstance(weights, str) or not all(w > 0 for w in weights.values())):
+            raise InputError(f"weights must be 'balanced' or positive numbers by region, not {weights!r}")
+        named = REGIONS if isinstance(weights, str) else weights
+        index = torch.from_numpy(region_index(list(named), atlas))
+        if isinstance(weights, str):
+            table = 1 / torch.bincount(index.flatten(), minlength=len(named) + 1)
+        else:
+            table = torch.tensor([1.0, *weights.values()])
+        self.register_buffer("voxel_weight", table[index].float()[None, None, ..., None], persistent=False)
+
+    def forward(self, prediction: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """Return the scalar loss of ``prediction`` ``(B, 1, X, Y, Z, T)`` on the fixed grid."""
+        mask = target["mask"] if target["mask"].ndim == prediction.ndim else target["mask"].unsqueeze(-1)
+        weight = self.voxel_weight.to(prediction.device) * mask
+        squared = (prediction.float() - target["image"].float()).square()
+        return (weight * squared).sum() / weight.expand_as(squared).sum()

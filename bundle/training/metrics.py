@@ -1,29 +1,17 @@
 """Ignite metrics: reconstruction of the hidden voxels, and subject-level classification scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
-import ignite.distributed as idist
-import numpy as np
 import torch
 from ignite.exceptions import NotComputableError
-from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 from torch import Tensor
 
+from bundle.anatomy.atlas import REGIONS
+from bundle.anatomy.parcels import region_index
+from bundle.data.engine_output import EngineMetric
 from bundle.training.losses import masked_squared_error
-
-
-def prediction_and_target(output: dict) -> tuple[Tensor, dict]:
-    """Pick what the metrics here need from the output of a MONAI engine that does not decollate."""
-    return output["pred"], output["label"]
-
-
-class EngineMetric(Metric):
-    """A metric that reads the output of a MONAI engine by default."""
-
-    def __init__(self, output_transform: Callable = prediction_and_target, device: str | torch.device = "cpu") -> None:
-        super().__init__(output_transform=output_transform, device=device)
 
 
 class MaskedMSE(EngineMetric):
@@ -97,68 +85,39 @@ def _around_mean(series: Tensor) -> Tensor:
     return series - series.mean(dim=-1, keepdim=True)
 
 
-class SubjectScores(EngineMetric):
-    """Scores over subjects: the logits of a subject's clips are averaged to one, then scored once over all.
+class RegionMSE(EngineMetric):
+    """Mean squared error of each region's masked voxels, over all clips and ranks.
 
-    `compute` returns ``{"auroc", "balanced_accuracy", "accuracy"}`` (the two accuracies at probability 0.5);
-    ``scores["auroc"]`` is a metric of its own. AUROC and balanced accuracy are NaN while one class is absent.
-    After `compute`, ``subjects`` holds one row per subject: ``participant_id``, ``label``, ``logit``, ``clips``.
+    Args:
+        regions: the regions, as in `CurriculumMaskd`.
+        atlas: label image; None: AAL3v1, 1 mm.
     """
 
-    subjects: list[dict]
+    def __init__(self, regions: Sequence[str | int] = tuple(REGIONS), atlas: str | Path | None = None) -> None:
+        self.regions = list(regions)
+        self.index = torch.from_numpy(region_index(self.regions, atlas))
+        super().__init__()
 
     @reinit__is_reduced
     def reset(self) -> None:
         """Start a new epoch."""
-        self._clips: list[tuple[str, float, float]] = []
-        self.subjects = []
+        self._squared = torch.zeros(len(self.regions) + 1, dtype=torch.float64)
+        self._count = torch.zeros(len(self.regions) + 1, dtype=torch.float64)
 
     @reinit__is_reduced
     def update(self, output: tuple[Tensor, dict]) -> None:
-        """Add a batch: logits ``(B, 1)`` and its ``{"label": (B, 1), "participant_id": B names}``."""
-        logits, target = output
-        self._clips += zip(
-            target["participant_id"],
-            target["label"].flatten().tolist(),
-            logits.detach().float().flatten().tolist(),
-            strict=True,
-        )
+        """Add a batch: prediction ``(B, 1, X, Y, Z, T)`` on the fixed grid, and its ``{"image", "mask"}``."""
+        prediction, target = output
+        mask = target["mask"] if target["mask"].ndim == prediction.ndim else target["mask"].unsqueeze(-1)
+        squared = (prediction.detach().float() - target["image"].float()).square() * mask
+        frames = mask.expand_as(prediction).sum((0, 1, -1))  # (X, Y, Z)
+        index, size = self.index.flatten(), len(self.regions) + 1
+        summed = squared.sum((0, 1, -1)).double().flatten().cpu()
+        self._squared += torch.bincount(index, summed, minlength=size)
+        self._count += torch.bincount(index, frames.double().flatten().cpu(), minlength=size)
 
-    def compute(self) -> dict[str, float]:
-        """Average per subject over all ranks, then score."""
-        clips = self._clips
-        if idist.get_world_size() > 1:
-            gathered: list[Sequence] = [[] for _ in range(idist.get_world_size())]
-            torch.distributed.all_gather_object(gathered, clips)
-            clips = [clip for rank in gathered for clip in rank]
-        if not clips:
-            raise NotComputableError("SubjectScores needs at least one batch")
-        self.subjects = average_per_subject(clips)
-        return subject_scores(
-            np.array([row["label"] for row in self.subjects]),
-            np.array([row["logit"] for row in self.subjects]),
-        )
-
-
-def average_per_subject(clips: Sequence[tuple[str, float, float]]) -> list[dict]:
-    """Average the logits of each subject's clips; ``clips`` are (participant_id, label, logit)."""
-    logits: dict[str, list[float]] = {}
-    labels: dict[str, int] = {}
-    for participant, label, logit in clips:
-        logits.setdefault(participant, []).append(logit)
-        labels[participant] = int(label)
-    return [
-        {"participant_id": p, "label": labels[p], "logit": float(np.mean(logits[p])), "clips": len(logits[p])}
-        for p in sorted(logits)
-    ]
-
-
-def subject_scores(labels: np.ndarray, logits: np.ndarray, threshold: float = 0.0) -> dict[str, float]:
-    """AUROC, balanced accuracy and accuracy of one logit per subject; cases are above the threshold (a logit)."""
-    predicted = (logits > threshold).astype(int)
-    both = len(np.unique(labels)) == 2
-    return {
-        "auroc": float(roc_auc_score(labels, logits)) if both else float("nan"),
-        "balanced_accuracy": float(balanced_accuracy_score(labels, predicted)) if both else float("nan"),
-        "accuracy": float(accuracy_score(labels, predicted)),
-    }
+    @sync_all_reduce("_squared", "_count")
+    def compute(self) -> dict[str | int, float]:
+        """Return the error of each region that was masked at all."""
+        pairs = zip(self.regions, self._squared[1:].tolist(), self._count[1:].tolist(), strict=True)
+        return {region: squared / count for region, squared, count in pairs if count}

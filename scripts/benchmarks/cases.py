@@ -13,11 +13,12 @@ from torch import Tensor
 
 from bundle.anatomy import grid
 from bundle.data.batches import PrepareBatch, keep_items
+from bundle.data.clips import clips
+from bundle.data.transforms import ReadClipd, ScatterClipd, TimeLastd
 from bundle.networks.mamba import STATES
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.networks.swin_mamba import SwinMambaEncoder, WindowBlock, fit_window
 from bundle.preparation.store import write_run
-from bundle.preparation.transforms import ReadClipd, ScatterClipd, TimeLastd, clips
 from bundle.training.losses import masked_mse
 
 FULL: dict[str, Any] = {}  # the network's defaults: 96 x 96 x 96 voxels, 20 frames, embedding 36

@@ -32,8 +32,9 @@ from scipy.ndimage import binary_erosion
 from torch.nn import functional
 
 from bundle.anatomy import grid
-from bundle.preparation import bold, store
+from bundle.preparation import store
 from bundle.preparation.prepare import prepare
+from bundle.preparation.scaling import resample_tr, zscore
 from scripts.benchmarks.measure import machine, markdown, say
 
 TR, SLOPE = 2.0, 0.05
@@ -89,8 +90,8 @@ def by_nilearn(folder: Path, out: Path) -> None:
         copy_header=True,
     )  # fmt: skip
     brain = mask.get_fdata() > 0
-    frames = bold.resample_tr(np.ascontiguousarray(image.get_fdata(dtype=np.float32)[brain].T), TR, 0.8)
-    z, mean, sd = bold.zscore(frames)
+    frames = resample_tr(np.ascontiguousarray(image.get_fdata(dtype=np.float32)[brain].T), TR, 0.8)
+    z, mean, sd = zscore(frames)
     store.write_run(out, {"run_id": "sub-01", "mean": mean, "sd": sd, "frames": len(z)}, z, np.flatnonzero(brain))
 
 

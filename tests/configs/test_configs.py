@@ -21,11 +21,12 @@ from tiny_configs import CONFIGS, ROOT, TINY, run, workflow
 
 from bundle.command_line import refuse_unknown_options
 from bundle.data.splits import make_splits, save_splits
+from bundle.deploy.release import release
 from bundle.errors import InputError
 from bundle.preparation.confounds import Cleaning
 from bundle.preparation.prepare import Preparation
 from bundle.preparation.store import read_manifest
-from bundle.training.checkpoints import load_checkpoint, release
+from bundle.training.checkpoints import load_checkpoint
 
 
 @pytest.fixture(scope="module")

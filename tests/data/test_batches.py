@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from bundle.data.batches import PrepareBatch, keep_items, reseed, split_clips
+from bundle.data.batches import PrepareBatch, keep_items, reseed
+from bundle.data.clips import split_clips
 from bundle.data.splits import _hash, make_splits, save_splits
+from bundle.data.transforms import ReadClipd, ScatterClipd, TimeLastd
 from bundle.errors import InputError
 from bundle.masking.transforms import AAL3ROIMaskd, RandomTokenMaskd
 from bundle.preparation.store import read_clip, read_manifest, read_voxels, write_manifest, write_record
-from bundle.preparation.transforms import ReadClipd, ScatterClipd, TimeLastd
 
 
 def test_sets_hold_their_own_participants_and_every_clip_once(store: Path):

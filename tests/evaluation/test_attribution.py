@@ -9,14 +9,15 @@ from torch import nn
 
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import load_atlas
-from bundle.evaluation.attribution import ablation, average, gradients, still, summarise, within_folds
-from bundle.evaluation.maps import draw, label_map, unit_index, units
+from bundle.anatomy.parcels import label_map, parcel_index, parcels_of
+from bundle.evaluation.attribution import ablation, cohort_mean, gradients, summarise, temporal_mean, within_folds
+from bundle.evaluation.maps import draw
 from bundle.evaluation.reconstruction import label_sums
 from bundle.evaluation.reconstruction import summarise as summarise_reconstruction
 
 ATLAS = load_atlas()
-GROUPS = units(ATLAS, "group")
-VOXELS = unit_index(ATLAS, GROUPS)
+GROUPS = parcels_of(ATLAS, "group")
+VOXELS = parcel_index(ATLAS, GROUPS)
 FRAMES = 3
 
 
@@ -51,7 +52,7 @@ def test_only_the_regions_that_the_network_uses_are_found():
     # without either region's signal the coupling is 0: each is worth all of it
     expected = np.zeros(len(names))
     expected[used] = value
-    without = still(image)
+    without = temporal_mean(image)
     assert ablation(network, image, without, VOXELS, len(GROUPS)) == pytest.approx(expected, abs=1e-5)
     # both signals grow in proportion along the path, so the completeness of a product gives each one half
     (found,) = gradients(network, image, without, [VOXELS], [len(GROUPS)], steps=16)
@@ -71,7 +72,7 @@ class Brightness(nn.Module):
 
 def test_a_static_effect_is_seen_against_the_average_clip_only():
     images, network = [clip(seed) for seed in range(3)], Brightness()
-    mean = average(images)
+    mean = cohort_mean(images)
     np.testing.assert_allclose(mean.numpy(), np.mean([i.numpy() for i in images], axis=(0, -1))[..., None], atol=1e-6)
     image, common = images[0], mean.expand_as(images[0])
     difference = float(network(image) - network(common))
@@ -80,7 +81,7 @@ def test_a_static_effect_is_seen_against_the_average_clip_only():
     assert ablation(network, image, common, VOXELS, len(GROUPS)) == pytest.approx(expected, abs=1e-5)
     (found,) = gradients(network, image, common, [VOXELS], [len(GROUPS)], steps=4)
     assert found == pytest.approx(expected, abs=1e-5)
-    assert ablation(network, image, still(image), VOXELS, len(GROUPS)) == pytest.approx(0, abs=1e-5)
+    assert ablation(network, image, temporal_mean(image), VOXELS, len(GROUPS)) == pytest.approx(0, abs=1e-5)
 
 
 SIZES = {"limbic": 2000, "frontal": 500}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap, norm, ttest_1samp
 
-from bundle.evaluation.intervals import least_rate, limits, tail
+from bundle.evaluation.intervals import bootstrap_interval, clopper_pearson_lower, expanded_tail_share
 from bundle.evaluation.subjects import score_table
 
 RESAMPLES = 400
@@ -28,7 +28,7 @@ def test_interval_of_a_mean_is_students_and_the_plain_one_is_narrower(n):
     """The resampled mean of a symmetric sample is all but normal, so its limits can be told in advance."""
     half = norm.ppf(np.linspace(0.55, 0.95, n // 2))
     values = np.concatenate([half, -half])
-    low, high = limits([values], mean, 20_000, 0)
+    low, high = bootstrap_interval([values], mean, 20_000, 0)
     expected = ttest_1samp(values, 0).confidence_interval(0.95)
     assert (low, high) == pytest.approx(tuple(expected), rel=0.08)
     narrow = plain([values], mean, 0)
@@ -36,9 +36,9 @@ def test_interval_of_a_mean_is_students_and_the_plain_one_is_narrower(n):
 
 
 def test_for_many_subjects_it_is_the_plain_percentile_interval():
-    assert tail(10_000) == pytest.approx(0.025, abs=1e-4)
+    assert expanded_tail_share(10_000) == pytest.approx(0.025, abs=1e-4)
     values = np.random.default_rng(0).exponential(size=2000)
-    low, high = limits([values], mean, RESAMPLES, 3)
+    low, high = bootstrap_interval([values], mean, RESAMPLES, 3)
     expected = plain([values], mean, 3)
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.05 * (expected.high - expected.low))
 
@@ -65,7 +65,7 @@ def test_simulated_coverage(truth, n):
 
 def test_a_perfect_score_is_not_certain():
     """3 of 3 right by chance: 1 in 8, so that a rate of 0.5 cannot be excluded; the limit is where it is 1 in 40."""
-    assert least_rate(3) ** 3 == pytest.approx(0.025)
+    assert clopper_pearson_lower(3) ** 3 == pytest.approx(0.025)
     labels, logits = np.repeat([0, 1], [20, 3]), np.arange(23.0)
     for sign, value, known, other in ((1, 1, "high", "low"), (-1, 0, "low", "high")):
         table = score_table(labels, sign * logits, sign * 19.5, RESAMPLES, 0)
@@ -91,14 +91,14 @@ def test_resamples_without_a_value_count_at_both_ends():
         return np.where(values.max(axis) < 2, np.nan, values.mean(axis))  # where neither of the two largest is drawn
 
     values = np.array([0.0, 1, 1, 1, 0, 1, 2, 2])
-    low, high = limits([values], most_undefined, RESAMPLES, 0)
+    low, high = bootstrap_interval([values], most_undefined, RESAMPLES, 0)
     assert np.isnan(low)
     assert np.isnan(high)  # 10 % of the resamples might be anything
 
     def few_undefined(values, axis):
         return np.where(values.max(axis) < 1, np.nan, values.mean(axis))  # (2 / 8)^8 of the resamples
 
-    assert np.isfinite(limits([values], few_undefined, RESAMPLES, 0)).all()
+    assert np.isfinite(bootstrap_interval([values], few_undefined, RESAMPLES, 0)).all()
 
 
 def test_paired_samples_are_resampled_together():
@@ -107,10 +107,10 @@ def test_paired_samples_are_resampled_together():
     def difference(a, b, axis):
         return (a - b).mean(axis)
 
-    assert limits([values, values + 1], difference, 100, 0, paired=True) == pytest.approx((-1, -1))
-    low, high = limits([values, values + 1], difference, 100, 0)
+    assert bootstrap_interval([values, values + 1], difference, 100, 0, paired=True) == pytest.approx((-1, -1))
+    low, high = bootstrap_interval([values, values + 1], difference, 100, 0)
     assert high - low > 0.5
 
 
 def test_no_limits_from_one_subject():
-    assert np.isnan(limits([np.array([1.0]), np.arange(5.0)], lambda a, b, axis: a.mean(axis), 10, 0)).all()
+    assert np.isnan(bootstrap_interval([np.array([1.0]), np.arange(5.0)], lambda a, b, axis: a.mean(axis), 10, 0)).all()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from bundle.errors import InputError
-from bundle.evaluation.subjects import evaluate, score_table, write_test, youden_threshold
+from bundle.evaluation.subjects import evaluate, score_table, write_test_scores
+from bundle.tasks.case_control import youden_threshold
 
 
 @settings(max_examples=100, deadline=None)
@@ -54,7 +55,7 @@ def test_a_validation_set_of_one_class_gives_no_threshold():
 def test_a_site_of_one_class_has_an_accuracy_and_nothing_else(tmp_path):
     """Nothing is refused and nothing lost: its subjects are written, and count where folds are pooled."""
     validation, test = (pd.DataFrame(rows(*x)) for x in (([-1, 1], [0, 1]), ([-3, -2, 5], [0, 0, 0])))
-    table = write_test(validation, test, tmp_path, resamples=20)
+    table = write_test_scores(validation, test, tmp_path, resamples=20)
     assert table["accuracy"]["value"] == pytest.approx(2 / 3)
     assert np.isnan([table["auroc"]["value"], table["balanced_accuracy"]["value"], table["accuracy"]["low"]]).all()
     assert len(pd.read_csv(tmp_path / "subjects.tsv", sep="\t")) == 3

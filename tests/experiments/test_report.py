@@ -1,4 +1,4 @@
-"""The report of a results folder written by hand: sites of one class are kept and named, every cell has its curve."""
+"""The report of a results folder written by hand: sites of one class are kept and named, every trial has its curve."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,14 @@ from matplotlib import pyplot as plt
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from bundle.anatomy.atlas import load_atlas
+from bundle.anatomy.parcels import parcels_of
 from bundle.data.splits import make_splits, save_splits
 from bundle.evaluation.attribution import summarise
-from bundle.evaluation.maps import draw, units
-from bundle.evaluation.subjects import write_test
+from bundle.evaluation.maps import draw
+from bundle.evaluation.subjects import write_test_scores
 from bundle.experiments.report import _p_value, by_fold, curves_plot, one_class_folds, write_report
-from bundle.experiments.statistics import compare, finished_cells, read_outcomes
-from bundle.preparation.store import write_json
+from bundle.experiments.statistics import compare, finished_trials, read_outcomes
+from bundle.files import write_json
 
 SEEDS = (0, 1)
 STRATEGIES = ("random_tube", "limbic")
@@ -35,26 +36,26 @@ def cohort(**sites: tuple[int, int]) -> list[dict]:
 def leave_sites_out(results: Path, runs: list[dict]) -> Path:
     """Results of a leave-one-site-out sweep whose networks score at random."""
     diagnosis = {run["participant_id"]: run["diagnosis"] for run in runs}
-    rng, cells = np.random.default_rng(0), {}
+    rng, trials = np.random.default_rng(0), {}
     for site in sorted({run["site"] for run in runs}):
         splits = make_splits(runs, folds=3, test_site=site)
         save_splits(splits, results / "splits" / f"fold-{site}.json")
         for strategy in STRATEGIES:
             for seed in SEEDS:
-                folder = results / "cells" / f"{strategy}__seed-{seed}__fold-{site}"
+                folder = results / "trials" / f"{strategy}__seed-{seed}__fold-{site}"
                 sets = [pd.DataFrame({"participant_id": splits["sets"][name]}) for name in ("validation", "test")]
                 sets = [table.assign(label=table["participant_id"].map(diagnosis)) for table in sets]
                 sets = [table.assign(logit=rng.normal(size=len(table)) + table["label"]) for table in sets]
-                write_test(*sets, folder, 20)
+                write_test_scores(*sets, folder, 20)
                 rows = [("train", tag, step, rng.normal()) for tag in ("train_loss", "auroc") for step in range(5)]
                 curves = pd.DataFrame(rows, columns=["stage", "tag", "step", "value"])
                 curves.to_csv(folder / "curves.tsv", sep="\t", index=False)
                 record = {"strategy": strategy, "kind": "network", "seed": seed, "fold": site, "sha256": "0"}
                 record["settings"] = {"splits_file": f"/moved/since/splits/fold-{site}.json"}
                 record |= {"finished": True, "seconds": {"train": 1.0}, "versions": {"torch": "2"}}
-                (folder / "cell.json").write_text(json.dumps(record))
-                cells[folder.name] = "0"
-    plan = {"cells": cells, "splits": {"folds": 3, "test": "sites"}, "seeds": SEEDS, "overrides": {}}
+                (folder / "trial.json").write_text(json.dumps(record))
+                trials[folder.name] = "0"
+    plan = {"trials": trials, "splits": {"folds": 3, "test": "sites"}, "seeds": SEEDS, "overrides": {}}
     data = {"synthetic": True, "participants": len(diagnosis), "runs": len(runs), "tr_in_s": [2.0]}
     data |= {"frames": {"least": 1, "most": 2}, "parameters_hash": "p", "by_site_and_diagnosis": []}
     (results / "sweep.json").write_text(json.dumps(plan))
@@ -78,7 +79,7 @@ def test_sites_of_one_class_count_in_accuracy_and_give_no_pairs(results):
         for seed in SEEDS:
             tables = {}
             for site in ("north", "south", "west", "east"):
-                folder = results / "cells" / f"{strategy}__seed-{seed}__fold-{site}"
+                folder = results / "trials" / f"{strategy}__seed-{seed}__fold-{site}"
                 threshold = json.loads((folder / "scores.json").read_text())["threshold_logit"]
                 rows = pd.read_csv(folder / "subjects.tsv", sep="\t")
                 tables[site] = rows.assign(called=rows["logit"] > threshold)
@@ -108,7 +109,7 @@ def test_report_names_the_sites_of_one_class(results):
 def test_a_reconstruction_without_r2_is_a_dash_in_the_report(results):
     """Where the hidden voxels of all clips are constant over time."""
     for name, r2 in (("limbic", None), ("random_tube", 0.25)):
-        folder = results / "cells" / f"{name}__seed-0__fold-north" / "pretrain" / "reconstruction"
+        folder = results / "trials" / f"{name}__seed-0__fold-north" / "pretrain" / "reconstruction"
         write_json(folder / "reconstruction.json", {"masked_mse": 0.5, "temporal_r2": r2})
     write_report(results, resamples=20)
     lines = (results / "report.md").read_text().splitlines()
@@ -143,7 +144,7 @@ def test_where_every_site_has_one_class_accuracy_is_all_there_is(results):
 
 def test_subjects_of_one_class_have_no_separation_and_no_map_of_zeros_claims_one(tmp_path):
     atlas = load_atlas()
-    names = [(level, name) for level in ("group", "label") for name in units(atlas, level)]
+    names = [(level, name) for level in ("group", "label") for name in parcels_of(atlas, level)]
     rows = [(f"s{i}", 0, "ablation", *name, 100, 1.0 + i) for i in range(3) for name in names]
     columns = ["participant_id", "label", "method", "level", "name", "voxels", "value"]
     table = summarise(pd.DataFrame(rows, columns=columns), 20, 0).set_index("measure")
@@ -154,14 +155,14 @@ def test_subjects_of_one_class_have_no_separation_and_no_map_of_zeros_claims_one
 
 
 def test_each_fold_and_seed_has_a_line_of_its_own_and_each_strategy_an_entry(results):
-    figure = curves_plot(finished_cells(results), "train", "")
+    figure = curves_plot(finished_trials(results), "train", "")
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["train_loss", "auroc"]
     for axes in panels:
         assert len(axes.lines) == len(STRATEGIES) * len(SEEDS) * 4
         assert len({line.get_color() for line in axes.lines}) == len(STRATEGIES)
         for line in axes.lines:
-            assert line.get_xdata().tolist() == [0, 1, 2, 3, 4]  # a zigzag would run through several cells
+            assert line.get_xdata().tolist() == [0, 1, 2, 3, 4]  # a zigzag would run through several trials
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(STRATEGIES)
     plt.close(figure)
-    assert curves_plot(finished_cells(results), "pretrain", "") is None
+    assert curves_plot(finished_trials(results), "pretrain", "") is None

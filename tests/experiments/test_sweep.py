@@ -1,4 +1,4 @@
-"""The sweep: what is finished is never run again, what changed is made anew, and one failing cell stops no other.
+"""The sweep: what is finished is never run again, what changed is made anew, and one failing trial stops no other.
 
 The stages are replaced by one that writes what they write, except for baselines: configs and networks are tested
 elsewhere. Not covered: Dask workers on other machines, and network stages that they run.
@@ -21,14 +21,15 @@ from small_stores import planted_store
 from bundle.anatomy.atlas import load_atlas
 from bundle.data.splits import load_splits
 from bundle.errors import InputError
-from bundle.evaluation.subjects import write_test
+from bundle.evaluation.subjects import write_test_scores
 from bundle.experiments import trial as module
 from bundle.experiments.report import write_report
 from bundle.experiments.statistics import read_outcomes
-from bundle.experiments.sweep import Sweep, describe_data, plan_cells, read_sweep, run_sweep
+from bundle.experiments.sweep import Sweep, describe_data, plan_trials, read_sweep, run_sweep
 from bundle.experiments.trial import is_finished
+from bundle.files import ROOT
+from bundle.locks import locked
 from bundle.preparation.store import read_manifest
-from bundle.process import ROOT, locked
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def calls(monkeypatch, store):
-    """Stages that were run, as (run id, configs, cell); `broken` names cells whose pretraining fails."""
+    """Stages that were run, as (run id, configs, trial); `broken` names trials whose pretraining fails."""
     calls: list = []
     calls_broken: set[str] = set()
     calls_overrides: list[dict] = []
@@ -65,9 +66,9 @@ def calls(monkeypatch, store):
                 )
                 for name in ("validation", "test")
             }
-            write_test(tables["validation"], tables["test"], output / "evaluation", 20)
+            write_test_scores(tables["validation"], tables["test"], output / "evaluation", 20)
 
-    monkeypatch.setattr(module, "run_bundle", stage)
+    monkeypatch.setattr(module, "run_config", stage)
     stage.calls, stage.broken, stage.overrides = calls, calls_broken, calls_overrides
     stage.directories = directories
     return stage
@@ -81,8 +82,8 @@ def small(store, tmp_path, **changes) -> Sweep:
 
 def test_stages_run_in_order_once_and_share_the_store(store, tmp_path, calls):
     assert run_sweep(small(store, tmp_path)) == []
-    of_cell = [call[:2] for call in calls.calls if call[2] == "limbic__seed-0__fold-1"]
-    assert of_cell == [("pretrain", ("pretrain", "masks/limbic")), ("run", ("train",)), ("run", ("train", "evaluate"))]
+    of_trial = [call[:2] for call in calls.calls if call[2] == "limbic__seed-0__fold-1"]
+    assert of_trial == [("pretrain", ("pretrain", "masks/limbic")), ("run", ("train",)), ("run", ("train", "evaluate"))]
     of_control = [call[:2] for call in calls.calls if call[2] == "random_weights__seed-0__fold-0"]
     assert of_control == [("run", ("train",)), ("run", ("train", "evaluate"))]
     before = len(calls.calls)
@@ -102,12 +103,12 @@ def test_the_best_encoder_is_frozen_and_the_best_classifier_tested_on_one_split_
 
 
 def test_another_plan_for_the_same_folder_leaves_the_splits_of_waiting_cells_alone(store, tmp_path):
-    """As when a sweep's file is edited and started again while cells of the first are still to come."""
-    first = plan_cells(small(store, tmp_path))
-    before = {cell.splits_file: load_splits(cell.splits_file) for cell in first}
-    second = plan_cells(small(store, tmp_path, splits={"folds": 3, "seed": 7, "test": [0, 1]}))
-    assert {cell.splits_file: load_splits(cell.splits_file) for cell in first} == before
-    assert not set(before) & {cell.splits_file for cell in second}
+    """As when a sweep's file is edited and started again while trials of the first are still to come."""
+    first = plan_trials(small(store, tmp_path))
+    before = {trial.splits_file: load_splits(trial.splits_file) for trial in first}
+    second = plan_trials(small(store, tmp_path, splits={"folds": 3, "seed": 7, "test": [0, 1]}))
+    assert {trial.splits_file: load_splits(trial.splits_file) for trial in first} == before
+    assert not set(before) & {trial.splits_file for trial in second}
 
 
 def test_overrides_reach_their_stage_and_a_strategy_has_the_last_word(store, tmp_path, calls):
@@ -124,7 +125,7 @@ def test_a_failing_cell_is_named_stops_no_other_and_goes_on_where_it_was(store, 
     calls.broken.add("limbic__seed-0__fold-0")
     failures = run_sweep(small(store, tmp_path))
     assert failures == ["limbic__seed-0__fold-0: broken on purpose"]
-    assert sum(is_finished(cell) for cell in plan_cells(small(store, tmp_path))) == 7
+    assert sum(is_finished(trial) for trial in plan_trials(small(store, tmp_path))) == 7
     calls.broken.clear()
     calls.calls.clear()
     assert run_sweep(small(store, tmp_path)) == []
@@ -132,8 +133,8 @@ def test_a_failing_cell_is_named_stops_no_other_and_goes_on_where_it_was(store, 
 
 
 def written(sweep: Sweep) -> dict[Path, int]:
-    """When each file of the cells was written, in ns."""
-    return {path: path.stat().st_mtime_ns for path in (Path(sweep.results) / "cells").rglob("*") if path.is_file()}
+    """When each file of the trials was written, in ns."""
+    return {path: path.stat().st_mtime_ns for path in (Path(sweep.results) / "trials").rglob("*") if path.is_file()}
 
 
 def test_dask_gives_what_this_machine_gives_to_the_byte_and_goes_on_where_it_was(store, tmp_path):
@@ -143,16 +144,16 @@ def test_dask_gives_what_this_machine_gives_to_the_byte_and_goes_on_where_it_was
         for name in ("local", "dask")
     )
     assert run_sweep(local) == []
-    in_the_way = Path(remote.results) / "cells" / "majority__seed-0__fold-1"
+    in_the_way = Path(remote.results) / "trials" / "majority__seed-0__fold-1"
     in_the_way.parent.mkdir(parents=True)
-    in_the_way.touch()  # a file where the cell's folder should be
+    in_the_way.touch()  # a file where the trial's folder should be
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", dashboard_address=None
     ) as cluster:
         (failure,) = run_sweep(remote, scheduler=cluster.scheduler_address)
         assert failure.startswith("majority__seed-0__fold-1: ")
         assert "cannot be written" in failure
-        assert sum(is_finished(cell) for cell in plan_cells(remote)) == 3
+        assert sum(is_finished(trial) for trial in plan_trials(remote)) == 3
         in_the_way.unlink()
         before = written(remote)
         assert run_sweep(remote, scheduler=cluster.scheduler_address) == []
@@ -160,7 +161,7 @@ def test_dask_gives_what_this_machine_gives_to_the_byte_and_goes_on_where_it_was
         assert before.items() < after.items()
         assert run_sweep(remote, scheduler=cluster.scheduler_address) == []
         assert written(remote) == after
-    for here, there in zip(plan_cells(local), plan_cells(remote), strict=True):
+    for here, there in zip(plan_trials(local), plan_trials(remote), strict=True):
         for name in ("scores.json", "subjects.tsv"):
             assert (Path(here.folder) / name).read_bytes() == (Path(there.folder) / name).read_bytes()
 
@@ -186,10 +187,10 @@ def test_a_worker_elsewhere_takes_relative_paths_from_where_the_sweep_was_starte
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     sweep = small(store, tmp_path, baselines=[], overrides={"atlas": "atlas.nii.gz"})
-    cells = plan_cells(sweep)
+    trials = plan_trials(sweep)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    for cell in cells:
-        module.run_cell(cell)
+    for trial in trials:
+        module.run_trial(trial)
     assert calls.directories == {str(tmp_path / "here")}
 
 
@@ -210,7 +211,7 @@ def heeds_interrupts():
 
 
 @pytest.mark.usefixtures("heeds_interrupts")
-def test_an_interrupted_sweep_begins_no_other_cell(store, tmp_path, calls, monkeypatch):
+def test_an_interrupted_sweep_begins_no_other_trial(store, tmp_path, calls, monkeypatch):
     def interrupted(*stage):
         if not calls.calls:
             time.sleep(0.3)  # the main thread waits by now
@@ -218,19 +219,19 @@ def test_an_interrupted_sweep_begins_no_other_cell(store, tmp_path, calls, monke
             time.sleep(0.3)  # and notices
         calls(*stage)
 
-    monkeypatch.setattr(module, "run_bundle", interrupted)
+    monkeypatch.setattr(module, "run_config", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(small(store, tmp_path, baselines=[]))
     assert len({call[2] for call in calls.calls}) == 1
 
 
 def test_progress_is_shown_for_the_cells_that_are_left(store, tmp_path, calls, capsys):
-    """So that cells finished long ago make the estimate of the time left no shorter."""
+    """So that trials finished long ago make the estimate of the time left no shorter."""
     run_sweep(small(store, tmp_path))
     shown = capsys.readouterr().err
     assert "baselines: 100%" in shown
     assert "| 6/6 [" in shown
-    (tmp_path / "results" / "cells" / "limbic__seed-0__fold-1" / "cell.json").unlink()
+    (tmp_path / "results" / "trials" / "limbic__seed-0__fold-1" / "trial.json").unlink()
     run_sweep(small(store, tmp_path))
     shown = capsys.readouterr().err
     assert "baselines" not in shown
@@ -239,17 +240,17 @@ def test_progress_is_shown_for_the_cells_that_are_left(store, tmp_path, calls, c
 
 
 def test_time_left_is_right_when_cells_end_in_waves(store, tmp_path, calls, monkeypatch, capsys):
-    """As four at a time would: each wave takes an hour, and its cells end half a minute apart."""
+    """As four at a time would: each wave takes an hour, and its trials end half a minute apart."""
     clock = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
 
     def stage(*job):
-        time.sleep(0.02)  # the bar has seen the cell before
+        time.sleep(0.02)  # the bar has seen the trial before
         calls(*job)
-        done = len(calls.calls) // 2  # cells, of two stages each
+        done = len(calls.calls) // 2  # trials, of two stages each
         clock[0] = 3600.0 * ((done + 3) // 4) + 30 * ((done + 3) % 4) if done else 0.0
 
-    monkeypatch.setattr(module, "run_bundle", stage)
+    monkeypatch.setattr(module, "run_config", stage)
     run_sweep(small(store, tmp_path, baselines=[], strategies=["random_weights"], seeds=list(range(6))))
     shown = capsys.readouterr().err
     for done, hours in ((4, 2), (8, 1)):
@@ -259,34 +260,34 @@ def test_time_left_is_right_when_cells_end_in_waves(store, tmp_path, calls, monk
 
 
 def test_an_interrupted_cell_repeats_no_finished_stage(store, tmp_path, calls):
-    cell = next(c for c in plan_cells(small(store, tmp_path)) if "limbic" in c.folder)
-    module.run_cell(cell)
-    path = Path(cell.folder) / "cell.json"
+    trial = next(c for c in plan_trials(small(store, tmp_path)) if "limbic" in c.folder)
+    module.run_trial(trial)
+    path = Path(trial.folder) / "trial.json"
     record = json.loads(path.read_text())
     del record["seconds"]["test"]
     path.write_text(json.dumps(record | {"finished": False}))
     calls.calls.clear()
-    module.run_cell(cell)
+    module.run_trial(trial)
     assert [call[1] for call in calls.calls] == [("train", "evaluate")]
 
 
 def test_a_cell_at_work_is_refused_and_one_finished_meanwhile_not_repeated(store, tmp_path, monkeypatch, calls):
     monkeypatch.setattr(module, "locked", partial(locked, patience_s=0))
-    cell = next(c for c in plan_cells(small(store, tmp_path)) if "limbic" in c.folder)
+    trial = next(c for c in plan_trials(small(store, tmp_path)) if "limbic" in c.folder)
     refusals = []
 
     def second(*stage):
         try:
-            module.run_cell(cell)
+            module.run_trial(trial)
         except InputError as error:
             refusals.append(str(error))
         calls(*stage)
 
-    monkeypatch.setattr(module, "run_bundle", second)
-    module.run_cell(cell)
+    monkeypatch.setattr(module, "run_config", second)
+    module.run_trial(trial)
     assert len(refusals) == len(calls.calls) == 3  # in each stage
-    assert all(f"{cell.folder}.lock is locked" in refusal for refusal in refusals)
-    module.run_cell(cell)
+    assert all(f"{trial.folder}.lock is locked" in refusal for refusal in refusals)
+    module.run_trial(trial)
     assert len(calls.calls) == 3
 
 
@@ -321,9 +322,9 @@ def test_report_comes_from_the_results_folder_alone_and_says_synthetic(store, tm
         assert "SYNTHETIC data" in text
         for name in ("random_tube", "limbic", "random_weights", "majority"):
             assert name in text
-        cell = json.loads((moved / "cells" / "limbic__seed-0__fold-0" / "cell.json").read_text())
-        assert cell["sha256"] in text
-        assert cell["versions"]["monai"] in text
+        trial = json.loads((moved / "trials" / "limbic__seed-0__fold-0" / "trial.json").read_text())
+        assert trial["sha256"] in text
+        assert trial["versions"]["monai"] in text
     assert 'src="data:image/png;base64' in html
     assert "http" not in html.replace("http://www.w3.org", "")  # nothing is fetched: one file is the report
     table = pd.read_csv(moved / "table.csv").set_index("strategy")
@@ -339,7 +340,7 @@ def test_data_of_unknown_origin_is_not_called_real(store):
 def test_strategies_that_would_share_a_folder_are_refused(store, tmp_path):
     names = [{"name": name, "mask": "masks/limbic"} for name in ("limbic 50%", "limbic_50_")]
     with pytest.raises(InputError, match="'limbic 50%' and 'limbic_50_' would both be filed under 'limbic_50_'"):
-        plan_cells(small(store, tmp_path, strategies=names))
+        plan_trials(small(store, tmp_path, strategies=names))
     assert not (tmp_path / "results").exists()
 
 

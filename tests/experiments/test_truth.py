@@ -31,9 +31,9 @@ def test_all_failures_are_named_and_stop_no_other_cohort(tmp_path, monkeypatch):
     def broken(run_id, configs, overrides, *rest):
         raise InputError("broken on purpose")
 
-    monkeypatch.setattr("bundle.experiments.trial.run_bundle", broken)
+    monkeypatch.setattr("bundle.experiments.trial.run_config", broken)
     sweep = Sweep("", "", {"folds": 3, "test": [0]}, strategies=["random_weights"], steps=[])
-    with pytest.raises(InputError, match=r"^2 cells failed; run again to go on\. ") as error:
+    with pytest.raises(InputError, match=r"^2 trials failed; run again to go on\. ") as error:
         truth_test(tmp_path, sweep, ("nothing", "coupling"), 4.0, (0,), 24, cohort=cohort)
     for name in ("nothing_seed-0", "coupling_seed-0"):
         assert f"{name}: random_weights__seed-0__fold-0: broken on purpose" in str(error.value)

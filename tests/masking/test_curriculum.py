@@ -8,16 +8,11 @@ from monai.data import MetaTensor
 
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import REGIONS, labels_on, load_atlas
+from bundle.anatomy.parcels import region_index
 from bundle.errors import InputError
-from bundle.masking.curriculum import (
-    CurriculumMaskd,
-    FollowRegionErrors,
-    RegionMSE,
-    RegionWeightedMSELoss,
-    ResumeCurriculum,
-    region_index,
-)
-from bundle.training.losses import masked_mse
+from bundle.masking.curriculum import CurriculumMaskd, FollowRegionErrors, ResumeCurriculum
+from bundle.training.losses import RegionWeightedMSELoss, masked_mse
+from bundle.training.metrics import RegionMSE
 
 LABELS = labels_on(load_atlas(), grid.AFFINE, grid.SHAPE)
 
@@ -108,7 +103,7 @@ def test_region_weights_by_numpy():
 def test_balanced_regions_count_alike():
     """An error of 1 in one region only gives the same loss whichever region it is in."""
     loss = RegionWeightedMSELoss("balanced")
-    index = region_index(list(REGIONS))
+    index = torch.from_numpy(region_index(list(REGIONS)))
     target = {"image": torch.zeros(1, 1, 96, 96, 96, 1), "mask": torch.ones(1, 1, 96, 96, 96, dtype=torch.bool)}
     losses = [float(loss((index == n).float()[None, None, ..., None], target)) for n in range(8)]
     assert losses == pytest.approx([1 / 8] * 8, rel=1e-4)

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import REGIONS, labels_on, load_atlas, region_labels
+from bundle.data.transforms import TimeLastd
 from bundle.errors import InputError
 from bundle.masking.transforms import AAL3ROIMaskd, EqualVolumeMaskd, RandomTokenMaskd, WindowMaskd
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
-from bundle.preparation.transforms import TimeLastd
 from bundle.training.losses import MaskedMSELoss
 from bundle.training.metrics import MaskedMSE, TemporalR2
 

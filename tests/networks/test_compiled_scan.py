@@ -225,11 +225,11 @@ def test_networks_train_alike_with_both(library, options, monkeypatch):
 
 @pytest.mark.usefixtures("library")
 def test_a_kept_result_is_given_back_with_the_same_gradients():
-    tensors, kept = single(arguments(length=19, states=16)), []
-    first = value_and_gradients(lambda *t: selective_scan(*t, kept), tensors)
-    assert [tuple(tensor.shape) for tensor in kept] == [(2, 19, 3), (2, 2, 16, 3)]
-    again = value_and_gradients(lambda *t: selective_scan(*t, kept), tensors)
-    assert not kept
+    tensors, saved_states = single(arguments(length=19, states=16)), []
+    first = value_and_gradients(lambda *t: selective_scan(*t, saved_states), tensors)
+    assert [tuple(tensor.shape) for tensor in saved_states] == [(2, 19, 3), (2, 2, 16, 3)]
+    again = value_and_gradients(lambda *t: selective_scan(*t, saved_states), tensors)
+    assert not saved_states
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
 
 

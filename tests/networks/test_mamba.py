@@ -76,22 +76,22 @@ def test_one_token_in_closed_form():
     torch.manual_seed(0)
     layer = Mamba(32)
     token = torch.randn(4, 1, 32)
-    x, gate = (token @ layer.expand.weight.T).split(64, dim=-1)
-    u = functional.silu(x * layer.conv.weight[:, 0, -1] + layer.conv.bias)
-    step, b, c = (u @ layer.select.weight.T).split([2, 16, 16], dim=-1)
-    delta = torch.log1p(torch.exp(step @ layer.step.weight.T + layer.step.bias))
-    y = (delta * (b * c).sum(-1, keepdim=True) + layer.skip) * u
-    torch.testing.assert_close(layer(token), (y * gate * torch.sigmoid(gate)) @ layer.contract.weight.T)
+    x, gate = (token @ layer.in_proj.weight.T).split(64, dim=-1)
+    u = functional.silu(x * layer.conv1d.weight[:, 0, -1] + layer.conv1d.bias)
+    step, b, c = (u @ layer.x_proj.weight.T).split([2, 16, 16], dim=-1)
+    delta = torch.log1p(torch.exp(step @ layer.dt_proj.weight.T + layer.dt_proj.bias))
+    y = (delta * (b * c).sum(-1, keepdim=True) + layer.D) * u
+    torch.testing.assert_close(layer(token), (y * gate * torch.sigmoid(gate)) @ layer.out_proj.weight.T)
 
 
 def test_initial_values_are_those_of_mamba_ssm():
     layer = Mamba(64)
-    steps = functional.softplus(layer.step.bias)
+    steps = functional.softplus(layer.dt_proj.bias)
     assert 1e-3 * 0.999 <= steps.min() < 5e-3 < 3e-2 < steps.max() <= 1e-1 * 1.001
-    torch.testing.assert_close(layer.log_decay.exp(), torch.arange(1.0, 17).expand(128, 16))
-    assert torch.equal(layer.skip, torch.ones(128))
-    assert layer.step.in_features == 4  # 64 / 16
-    assert layer.step.weight.abs().max() <= 0.5  # 4 ** -0.5
+    torch.testing.assert_close(layer.A_log.exp(), torch.arange(1.0, 17).expand(128, 16))
+    assert torch.equal(layer.D, torch.ones(128))
+    assert layer.dt_proj.in_features == 4  # 64 / 16
+    assert layer.dt_proj.weight.abs().max() <= 0.5  # 4 ** -0.5
 
 
 def test_the_plain_scan_is_announced_once(caplog):

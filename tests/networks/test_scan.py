@@ -96,10 +96,10 @@ def test_only_one_state_per_chunk_is_kept_for_the_backward_pass():
 
 
 def test_a_kept_result_is_given_back_with_the_same_gradients():
-    tensors, kept = arguments(length=CHUNK + 3), []
-    first = value_and_gradients(lambda *t: selective_scan(*t, kept), tensors)
-    assert [tuple(tensor.shape) for tensor in kept] == [(2, CHUNK + 3, 3), (2, 2, 4, 3)]
-    assert not any(tensor.requires_grad for tensor in kept)  # else it would hold its own graph
-    again = value_and_gradients(lambda *t: selective_scan(*t, kept), tensors)
-    assert not kept
+    tensors, saved_states = arguments(length=CHUNK + 3), []
+    first = value_and_gradients(lambda *t: selective_scan(*t, saved_states), tensors)
+    assert [tuple(tensor.shape) for tensor in saved_states] == [(2, CHUNK + 3, 3), (2, 2, 4, 3)]
+    assert not any(tensor.requires_grad for tensor in saved_states)  # else it would hold its own graph
+    again = value_and_gradients(lambda *t: selective_scan(*t, saved_states), tensors)
+    assert not saved_states
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))

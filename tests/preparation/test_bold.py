@@ -18,6 +18,9 @@ from small_runs import COARSE_AFFINE, COARSE_SHAPE, coarse_brain, coarse_signal,
 from bundle.anatomy import grid
 from bundle.errors import InputError
 from bundle.preparation import bold
+from bundle.preparation.bids_names import entities
+from bundle.preparation.frames import brain_on_grid, frame_reader, sample, varying
+from bundle.preparation.scaling import frames_after, resample_tr, zscore
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,7 @@ def test_a_truncated_file_is_refused(tmp_path, signal, ending, share):
     cut = tmp_path / f"cut{ending}"
     cut.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
     with pytest.raises(InputError, match="cut"):
-        bold.varying(bold.open_bold(cut))
+        varying(bold.open_bold(cut))
 
 
 def test_a_damaged_gzip_is_refused(tmp_path, signal):
@@ -130,7 +133,7 @@ def test_a_damaged_gzip_is_refused(tmp_path, signal):
     content[len(content) // 2 : len(content) // 2 + 200] = b"\x00" * 200
     path.write_bytes(content)
     with pytest.raises(InputError, match="damaged"):
-        bold.varying(bold.open_bold(path))
+        varying(bold.open_bold(path))
 
 
 def test_a_flipped_bit_that_only_the_checksum_shows_is_refused(tmp_path, signal):
@@ -140,7 +143,7 @@ def test_a_flipped_bit_that_only_the_checksum_shows_is_refused(tmp_path, signal)
     damaged = tmp_path / "damaged.nii.gz"
     damaged.write_bytes(content)
     with pytest.raises(InputError, match=r"damaged.*CRC"):
-        bold.varying(bold.open_bold(damaged))
+        varying(bold.open_bold(damaged))
 
 
 @pytest.mark.parametrize("dtype", ["<i2", ">i2", ">f4", "<f8", "u1", "<u2", "<i4"])
@@ -152,7 +155,7 @@ def test_every_number_type_and_byte_order_reads_as_nibabel_does(tmp_path, dtype)
     image.header.set_xyzt_units("mm", "sec")
     nib.save(image, tmp_path / "run.nii.gz")
     opened = bold.open_bold(tmp_path / "run.nii.gz", space="MNI")
-    frames = [frame.reshape(opened.shape, order="F") for frame in bold.frame_reader(opened)()]
+    frames = [frame.reshape(opened.shape, order="F") for frame in frame_reader(opened)()]
     expected = nib.load(tmp_path / "run.nii.gz").dataobj.get_unscaled()
     assert np.array_equal(np.stack(frames, axis=3), expected)
 
@@ -216,7 +219,7 @@ def test_sform_is_used_when_set_else_the_qform(tmp_path, signal):
     ],
 )
 def test_entities_are_read_by_key(name, expected):
-    found = bold.entities(Path(name))
+    found = entities(Path(name))
     assert tuple(found.get(key) for key in ("sub", "task", "run", "space")) == expected
 
 
@@ -230,7 +233,7 @@ def test_background_is_what_is_constant_over_time_whatever_its_value(tmp_path, s
     data[20, 20, 20] = np.nan
     opened = bold.open_bold(save_bold(tmp_path / "run.nii.gz", data))
     filled = np.nan_to_num(data, nan=-1)
-    assert np.array_equal(bold.varying(opened), filled.max(axis=3) != filled.min(axis=3))
+    assert np.array_equal(varying(opened), filled.max(axis=3) != filled.min(axis=3))
 
 
 def test_background_is_decided_once_over_all_frames(tmp_path):
@@ -238,7 +241,7 @@ def test_background_is_decided_once_over_all_frames(tmp_path):
     data[0, 0, 0, 9] = 1  # differs in the last frame only
     data[1, 1, 1, :3] = 1
     path = save_bold(tmp_path / "run.nii.gz", data)
-    assert np.argwhere(bold.varying(bold.open_bold(path))).tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert np.argwhere(varying(bold.open_bold(path))).tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
 def test_mask_in_another_space_goes_through_its_own_affine(tmp_path, signal):
@@ -246,7 +249,7 @@ def test_mask_in_another_space_goes_through_its_own_affine(tmp_path, signal):
     fine = np.zeros((40, 50, 45), np.uint8)
     fine[5:30, 10:45, 8:40] = 1
     affine = nib.affines.from_matvec(np.diag([-3.0, 3.0, 3.0]), [60.0, -90.0, -60.0])
-    brain = bold.brain_on_grid(opened, save_mask(tmp_path / "mask.nii.gz", fine, affine))
+    brain = brain_on_grid(opened, save_mask(tmp_path / "mask.nii.gz", fine, affine))
     points = nib.affines.apply_affine(grid.AFFINE, np.argwhere(brain))
     # outer faces of the mask: x 60 - 3 * 29.5 ... 60 - 3 * 4.5; y -90 + 3 * 9.5 ...; z -60 + 3 * 7.5 ...
     assert points.min(axis=0).tolist() == [-28, -60, -36]
@@ -266,13 +269,13 @@ def test_mask_in_another_space_goes_through_its_own_affine(tmp_path, signal):
 def test_bad_masks_are_refused(tmp_path, signal, change, message):
     opened = bold.open_bold(save_bold(tmp_path / "run.nii", signal))
     with pytest.raises(InputError, match=message):
-        bold.brain_on_grid(opened, save_mask(tmp_path / "mask.nii.gz", *change(coarse_brain())))
+        brain_on_grid(opened, save_mask(tmp_path / "mask.nii.gz", *change(coarse_brain())))
 
 
 def test_a_constant_image_is_refused(tmp_path):
     opened = bold.open_bold(save_bold(tmp_path / "run.nii", np.full((*COARSE_SHAPE, 25), 3.0, np.float32)))
     with pytest.raises(InputError, match="constant over time"):
-        bold.brain_on_grid(opened, None)
+        brain_on_grid(opened, None)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -289,9 +292,9 @@ def test_frames_are_interpolated_alike_and_in_the_files_unit(tmp_path, slope):
         path.write_bytes(gzip.compress(bytes(raw)))
     opened = bold.open_bold(path)
     brain = grid.covered(image.affine, COARSE_SHAPE)
-    frames = bold.sample(opened, brain)
+    frames = sample(opened, brain)
     operator = grid.linear_operator(COARSE_AFFINE, COARSE_SHAPE, np.flatnonzero(brain))
-    assert np.array_equal(bold.sample(opened, brain, bold.frame_reader(opened)), frames)  # kept in memory
+    assert np.array_equal(sample(opened, brain, frame_reader(opened)), frames)  # kept in memory
     for index in (0, 6, 7, 29):
         expected = operator @ (stored[..., index].ravel() * np.float32(slope or 1))
         np.testing.assert_allclose(frames[index], expected, rtol=1e-5, atol=1e-3)
@@ -301,8 +304,8 @@ def test_constant_nan_background_is_kept_out_of_the_brain(tmp_path):
     brain = coarse_brain()
     data = np.where(brain[..., None], 100.0, np.nan).astype(np.float32) + np.arange(25, dtype=np.float32)
     opened = bold.open_bold(save_bold(tmp_path / "run.nii.gz", data))
-    inside = bold.brain_on_grid(opened, None)
-    frames = bold.sample(opened, inside)
+    inside = brain_on_grid(opened, None)
+    frames = sample(opened, inside)
     # a mean with 0 or NaN beyond the brain's edge would show: everything in the brain is 100 + t
     np.testing.assert_allclose(frames, np.broadcast_to(100 + np.arange(25)[:, None], frames.shape), rtol=1e-6)
 
@@ -323,9 +326,9 @@ def test_nan_and_inf_are_refused_with_a_count(tmp_path, signal, place, value, me
     data = signal.copy()
     data[place] = value
     opened = bold.open_bold(save_bold(tmp_path / "run.nii", data))
-    brain = bold.brain_on_grid(opened, save_mask(tmp_path / "mask.nii.gz", coarse_brain()))
+    brain = brain_on_grid(opened, save_mask(tmp_path / "mask.nii.gz", coarse_brain()))
     with pytest.raises(InputError, match=message):
-        bold.sample(opened, brain)
+        sample(opened, brain)
 
 
 # --- time and scale ---------------------------------------------------------------------------------------------------
@@ -342,8 +345,8 @@ def test_resampling_in_time_is_numpys_interpolation(frames, tr, new_tr):
     times = np.arange(0, 10000) * new_tr
     times = times[times <= last + 1e-4 * new_tr]
     expected = np.stack([np.interp(times, np.arange(frames) * tr, column) for column in data.T], axis=1)
-    got = bold.resample_tr(data, tr, new_tr)
-    assert len(got) == bold.frames_after(frames, tr, new_tr) == len(times)
+    got = resample_tr(data, tr, new_tr)
+    assert len(got) == frames_after(frames, tr, new_tr) == len(times)
     np.testing.assert_allclose(got, expected, atol=2e-3)
 
 
@@ -351,20 +354,20 @@ def test_resampling_in_time_is_numpys_interpolation(frames, tr, new_tr):
     ("frames", "tr", "expected"), [(120, 2.0, 298), (20, 0.8, 20), (41, 0.4, 21), (3, 7.0, 18), (176, 2.0, 438)]
 )
 def test_frame_counts(frames, tr, expected):
-    assert bold.frames_after(frames, tr, 0.8) == expected
+    assert frames_after(frames, tr, 0.8) == expected
 
 
 def test_frames_on_input_frames_are_copies():
     data = np.random.default_rng(0).normal(size=(41, 5)).astype(np.float32)
-    assert np.array_equal(bold.resample_tr(data, 0.4, 0.8), data[::2])
-    assert np.array_equal(bold.resample_tr(data, 2.4, 0.8)[::3], data)
+    assert np.array_equal(resample_tr(data, 0.4, 0.8), data[::2])
+    assert np.array_equal(resample_tr(data, 2.4, 0.8)[::3], data)
 
 
 @settings(max_examples=30, deadline=None)
 @given(mean=st.floats(-5000, 5000), sd=st.floats(1, 500), seed=st.integers(0, 99))
 def test_z_is_zero_mean_unit_sd_and_can_be_undone(mean, sd, seed):
     frames = np.random.default_rng(seed).normal(mean, sd, (25, 40)).astype(np.float32)
-    z, got_mean, got_sd = bold.zscore(frames)
+    z, got_mean, got_sd = zscore(frames)
     assert z.dtype == np.float16
     np.testing.assert_allclose([got_mean, got_sd], [np.mean(frames, dtype=float), np.std(frames, dtype=float)])
     # float16 keeps 11 bits: half a step is at most |z| / 2048
@@ -376,7 +379,7 @@ def test_z_keeps_a_signal_of_two_hundredths_of_the_sd():
     """BOLD varies over time by about 0.022 of the run's SD; a global int8 step (0.026) would erase it (pitfall 4)."""
     anatomy = np.random.default_rng(0).normal(0, 1, 500)
     course = 0.022 * np.sin(np.arange(60) / 5)
-    z, mean, sd = bold.zscore((anatomy + course[:, None]).astype(np.float32))
+    z, mean, sd = zscore((anatomy + course[:, None]).astype(np.float32))
     restored = z.astype(float) * sd + mean - anatomy
     assert np.corrcoef(restored.mean(axis=1), course)[0, 1] > 0.999
     assert min(np.corrcoef(restored[:, voxel], course)[0, 1] for voxel in range(500)) > 0.99
@@ -384,4 +387,4 @@ def test_z_keeps_a_signal_of_two_hundredths_of_the_sd():
 
 def test_z_of_a_constant_is_refused():
     with pytest.raises(InputError, match="no signal"):
-        bold.zscore(np.full((20, 5), 7.3, np.float32))
+        zscore(np.full((20, 5), 7.3, np.float32))

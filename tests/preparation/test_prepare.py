@@ -21,6 +21,7 @@ from small_runs import coarse_brain, coarse_signal, run_of, save_bold, save_mask
 from bundle import workers
 from bundle.anatomy import grid
 from bundle.errors import InputError
+from bundle.files import WriteError
 from bundle.preparation import prepare as module
 from bundle.preparation import store
 from bundle.preparation.prepare import Preparation, prepare
@@ -236,7 +237,7 @@ def test_a_full_disk_stops_the_job_and_leaves_nothing_half_written(files):
     limits = getrlimit(RLIMIT_FSIZE)  # stands in for a full disk: the kernel refuses the write
     setrlimit(RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(store.StoreWriteError, match="free space or choose another store"):
+        with pytest.raises(WriteError, match="free space or choose another folder"):
             prepare(runs, files / "store")
     finally:
         setrlimit(RLIMIT_FSIZE, limits)

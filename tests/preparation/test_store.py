@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from bundle.errors import InputError
+from bundle.files import WriteError, file_sha256, write_json, write_text
 from bundle.preparation import store
 
 PARAMETERS = ({"tr": 0.8}, "hash")
@@ -94,7 +95,6 @@ def test_a_run_that_another_process_finishes_meanwhile_is_in_the_manifest(tmp_pa
         write_text(path, text)
 
     store.write_run(tmp_path, *make_run("a"))
-    write_text = store.write_text
     monkeypatch.setattr(store, "write_text", slow)
     store.write_manifest(tmp_path, {}, "hash")
     assert [run["run_id"] for run in store.read_manifest(tmp_path)["runs"]] == ["a", "b"]
@@ -145,7 +145,7 @@ def test_a_full_disk_is_said_plainly_and_leaves_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
-        with pytest.raises(store.StoreWriteError, match=r"cannot be written .*free space") as caught:
+        with pytest.raises(WriteError, match=r"cannot be written .*free space") as caught:
             store.write_run(tmp_path, *make_run("sub-01", frames=500))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -155,7 +155,7 @@ def test_a_full_disk_is_said_plainly_and_leaves_nothing(tmp_path):
 
 def test_a_store_that_cannot_be_made_is_said_plainly(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(store.StoreWriteError, match="cannot be written"):
+    with pytest.raises(WriteError, match="cannot be written"):
         store.write_manifest(tmp_path / "file" / "store", *PARAMETERS)
 
 
@@ -229,16 +229,16 @@ def test_hash_of_files_is_that_of_their_bytes_in_order(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"a" * 300_000)
     two.write_bytes(b"b")
-    assert store.file_sha256(one, two) == hashlib.sha256(b"a" * 300_000 + b"b").hexdigest()
-    assert store.file_sha256(two) == hashlib.sha256(b"b").hexdigest()
+    assert file_sha256(one, two) == hashlib.sha256(b"a" * 300_000 + b"b").hexdigest()
+    assert file_sha256(two) == hashlib.sha256(b"b").hexdigest()
     with pytest.raises(InputError, match="none cannot be read"):
-        store.file_sha256(one, tmp_path / "none")
+        file_sha256(one, tmp_path / "none")
 
 
 def test_json_is_strict_nan_is_null_and_infinity_is_refused(tmp_path):
     path = tmp_path / "a.json"
-    store.write_json(path, {"a": [float("nan"), {"b": np.float64("nan")}], "c": (1.5, "NaN", None, True)})
+    write_json(path, {"a": [float("nan"), {"b": np.float64("nan")}], "c": (1.5, "NaN", None, True)})
     assert json.loads(path.read_text()) == {"a": [None, {"b": None}], "c": [1.5, "NaN", None, True]}
     with pytest.raises(ValueError, match="JSON"):
-        store.write_json(path, {"a": float("inf")})
+        write_json(path, {"a": float("inf")})
     assert json.loads(path.read_text())["c"][0] == 1.5  # what was there is whole

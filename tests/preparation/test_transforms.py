@@ -13,20 +13,11 @@ from scipy.stats import chisquare
 from small_runs import COARSE_AFFINE, coarse_brain, coarse_signal, save_bold, save_mask
 
 from bundle.anatomy import grid
+from bundle.data.clips import clips
+from bundle.data.transforms import ReadClipd, ScatterClipd, TakeClipd, TimeLastd
 from bundle.errors import InputError
 from bundle.preparation import store
-from bundle.preparation.transforms import (
-    LoadBOLDd,
-    ReadClipd,
-    ResampleTRd,
-    ScatterClipd,
-    StoreRund,
-    TakeClipd,
-    TimeLastd,
-    ToGridd,
-    ZScored,
-    clips,
-)
+from bundle.preparation.transforms import LoadBOLDd, ResampleTRd, StoreRund, ToGridd, ZScored
 
 PREPARE = (LoadBOLDd(), ToGridd(), ResampleTRd(), ZScored())
 

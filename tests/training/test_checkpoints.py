@@ -9,18 +9,17 @@ import torch
 from ignite.engine import Engine
 from torch import nn
 
+from bundle.deploy.release import load_released, release
 from bundle.errors import InputError
 from bundle.training.checkpoints import (
     KeepCheckpoints,
-    Provenance,
     load_checkpoint,
     load_encoder,
     load_network,
-    load_released,
-    release,
     save_checkpoint,
     write_checkpoint,
 )
+from bundle.training.provenance import Provenance
 
 FACTS = {"preparation": "p", "splits": "s", "network": {"embed_dim": 4}}
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from bundle.training.handlers import ReseedEachEpoch, reconstruction_panel
+from bundle.training.handlers import ReseedEachEpoch
+from bundle.training.pictures import reconstruction_panel
 
 
 class Draws:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import r2_score
 
-from bundle.training.losses import CaseControlLoss, MaskedMSELoss, masked_mse
-from bundle.training.metrics import MaskedMSE, SubjectScores, TemporalR2, average_per_subject, subject_scores
+from bundle.tasks.case_control import CaseControlLoss, SubjectScores, average_per_subject, subject_scores
+from bundle.training.losses import MaskedMSELoss, masked_mse
+from bundle.training.metrics import MaskedMSE, TemporalR2
 
 SHAPE = (2, 1, 3, 4, 5, 6)
 

@@ -18,7 +18,7 @@ from bundle.preparation.sources.participants import (
     Labels,
     Run,
     files_below,
-    refuse_repeats,
+    refuse_duplicate_runs,
     with_participant,
 )
 
@@ -76,7 +76,7 @@ def from_adhd200(
             "space": "MNI152",
         }  # fmt: skip
         runs.append(_with_phenotype(run, table.get(subject), labels))
-    return refuse_repeats(runs, root)
+    return refuse_duplicate_runs(runs, root)
 
 
 def from_nilearn_adhd(
@@ -110,7 +110,7 @@ def from_nilearn_adhd(
                 "mask": None, "confounds": regressors if regressors.is_file() else None, "tr": None, "space": "MNI152",
             }  # fmt: skip
             runs.append(_with_phenotype(run, table.get(match["id"]), labels))
-    return refuse_repeats(runs, root)
+    return refuse_duplicate_runs(runs, root)
 
 
 def _with_phenotype(run: Run, row: dict[str, Any] | None, labels: Labels) -> Run:

@@ -6,13 +6,13 @@ from typing import Any
 from nilearn.interfaces.bids import get_bids_files
 
 from bundle.errors import InputError
-from bundle.preparation.bold import entities
+from bundle.preparation.bids_names import entities
 from bundle.preparation.sources.participants import (
     Labels,
     Run,
     beside,
     find_participants,
-    refuse_repeats,
+    refuse_duplicate_runs,
     run_id_of,
     with_participant,
 )
@@ -49,7 +49,7 @@ def from_bids(
             "that preprocessing wrote an MNI output space"
         )
     table = find_participants(derivatives, participants, labels)
-    return refuse_repeats([_run(path, table, labels) for path in paths], derivatives)
+    return refuse_duplicate_runs([_run(path, table, labels) for path in paths], derivatives)
 
 
 def bold_files(folder: Path) -> list[Path]:

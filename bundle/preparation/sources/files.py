@@ -5,13 +5,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bundle.preparation.bold import entities, stem
+from bundle.preparation.bids_names import entities, stem
 from bundle.preparation.sources.participants import (
     Labels,
     Run,
     beside,
     find_participants,
-    refuse_repeats,
+    refuse_duplicate_runs,
     run_id_of,
     with_participant,
 )
@@ -61,7 +61,7 @@ def from_files(
             "%s: %d files, such as %s, name no subject (sub-...), so each is taken as a participant of its own; runs "
             "of one subject would end up in several sets: list these in a table", root, len(unnamed), unnamed[0],
         )  # fmt: skip
-    return refuse_repeats(runs, root)
+    return refuse_duplicate_runs(runs, root)
 
 
 def _name_below(path: Path, root: Path) -> str:

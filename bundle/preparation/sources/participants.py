@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from bundle.errors import InputError
-from bundle.preparation.bold import entities, stem
+from bundle.preparation.bids_names import entities, stem
 
 Run = dict[str, Any]
 Labels = Literal["required", "optional"]
@@ -146,7 +146,7 @@ def with_participant(run: Run, row: dict[str, Any], labels: Labels, problem: str
     return run
 
 
-def refuse_repeats(runs: Sequence[Run], where: str | Path) -> list[Run]:
+def refuse_duplicate_runs(runs: Sequence[Run], where: str | Path) -> list[Run]:
     """Runs sorted by run id.
 
     Raises:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bundle.errors import InputError
-from bundle.preparation.bold import entities, stem
+from bundle.preparation.bids_names import entities, stem
 from bundle.preparation.sources.participants import (
     Labels,
     Run,

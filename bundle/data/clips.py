@@ -1,0 +1,127 @@
+"""Which clips there are, of stored runs and of the sets of a split file."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bundle.data.splits import SETS, check_participants, load_splits
+from bundle.errors import InputError
+from bundle.preparation.store import read_manifest
+from bundle.preparation.transforms import CLIP_FRAMES
+
+logger = logging.getLogger(__name__)
+
+
+def clips(runs: Sequence[Mapping[str, Any]], frames: int = CLIP_FRAMES, stride: int = CLIP_FRAMES) -> list[dict]:
+    """List the clips of stored runs, in order: 1 + (T - frames) // stride of each run, the tail left out.
+
+    Args:
+        runs: records, as in the manifest's "runs".
+        frames: the clip's length.
+        stride: frames from one clip's start to the next's; equal to `frames` they do not overlap.
+
+    Returns:
+        {"run_id", "participant_id", "start"} for each clip.
+
+    Raises:
+        InputError: a length is below 1, or a run is shorter than a clip.
+    """
+    if frames < 1 or stride < 1:
+        raise InputError(f"a clip's frames ({frames}) and stride ({stride}) must be at least 1")
+    for run in runs:
+        if run["frames"] < frames:
+            raise InputError(f"run {run['run_id']} has {run['frames']} frames, fewer than a clip's {frames}")
+    return [
+        {"run_id": run["run_id"], "participant_id": run["participant_id"], "start": start}
+        for run in runs
+        for start in range(0, run["frames"] - frames + 1, stride)
+    ]
+
+
+def split_clips(
+    store: str | Path,
+    splits_file: str | Path,
+    subset: str,
+    frames: int = CLIP_FRAMES,
+    stride: int = CLIP_FRAMES,
+    labelled: bool = False,
+    label_shuffle_seed: int | None = None,
+) -> list[dict]:
+    """List the clips of one set of the split file.
+
+    Args:
+        store: folder of the prepared store.
+        splits_file: split file that names exactly the store's participants.
+        subset: ``train``, ``validation`` or ``test``.
+        frames: frames per clip (0.8 s each).
+        stride: frames from the start of one clip to the start of the next.
+        labelled: add ``label`` (1 case, 0 control), and refuse runs without one. A training or validation set of
+            one class only is refused too; a test set may be so (a site left out).
+        label_shuffle_seed: a control: give the labels of the set's participants to each other at random, site by site.
+
+    Returns:
+        Rows with ``run_id``, ``participant_id``, ``start`` (frame) and, if asked for, ``label``.
+
+    Raises:
+        InputError: the store has no runs, disagrees with the split file, or lacks a label.
+    """
+    runs = read_manifest(store)["runs"]
+    if not runs:
+        raise InputError(f"{store}: the store holds no prepared run; see its summary.tsv and prepare again")
+    splits = load_splits(splits_file)
+    check_participants(splits, {run["participant_id"] for run in runs}, splits_file)
+    members = set(splits["sets"][subset])
+    chosen = [run for run in runs if run["participant_id"] in members]
+    items = clips(chosen, frames=frames, stride=stride)
+    if labelled:
+        labels = _labels(chosen, subset, store)
+        if label_shuffle_seed is not None:
+            labels = _shuffled(labels, chosen, subset, label_shuffle_seed)
+        items = [item | {"label": labels[item["participant_id"]]} for item in items]
+    logger.info(
+        "%s set: %d clips of %d frames from %d runs of %d participants",
+        subset,
+        len(items),
+        frames,
+        len(chosen),
+        len({run["participant_id"] for run in chosen}),
+    )
+    return items
+
+
+def _labels(runs: Sequence[dict], subset: str, store: str | Path) -> dict[str, float]:
+    """Label of each participant."""
+    for run in runs:
+        if run["diagnosis"] is None:
+            raise InputError(
+                f"{store}: run {run['run_id']} has no diagnosis; add it to participants.tsv and prepare again"
+            )
+    labels = {run["participant_id"]: float(run["diagnosis"]) for run in runs}
+    if len(set(labels.values())) == 1:
+        only = "cases" if 1.0 in labels.values() else "controls"
+        if subset != "test":
+            raise InputError(
+                f"{store}: the {subset} set holds only {only}, so there is nothing to tell apart; make other splits"
+            )
+        logger.warning("The test set holds only %s: it has no AUROC and no balanced accuracy of its own", only)
+    return labels
+
+
+def _shuffled(labels: dict[str, float], runs: Sequence[dict], subset: str, seed: int) -> dict[str, float]:
+    """Exchange labels within a set and a site.
+
+    In the test set too, or a true difference would show through by chance. Within a site (an exchangeability block,
+    Winkler et al. 2014, NeuroImage 92:381), or cases and controls would differ in their sites by chance.
+    """
+    logger.warning("The labels of the %s set are SHUFFLED: a control that must find nothing", subset)
+    rng = np.random.default_rng([seed, SETS.index(subset)])
+    sites = {run["participant_id"]: str(run["site"]) for run in runs}
+    shuffled = dict(labels)
+    for site in sorted(set(sites.values())):
+        members = [name for name in labels if sites[name] == site]
+        values = rng.permutation([labels[name] for name in members])
+        shuffled |= dict(zip(members, values.tolist(), strict=True))
+    return shuffled

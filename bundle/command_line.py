@@ -1,4 +1,4 @@
-"""What MONAI's command line leaves to be wished for: every config begins with `begin`."""
+"""What MONAI's command line does not do itself: every config begins with `begin`."""
 
 import difflib
 import inspect
@@ -13,7 +13,7 @@ import monai.bundle
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
-from bundle.errors import InputError
+from bundle.errors import InputError, input_error_in
 from bundle.files import ROOT
 
 
@@ -68,9 +68,7 @@ def _top(name: str) -> str:
 
 def _one_sentence(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print the `InputError` that MONAI has wrapped; all else as ever."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, InputError):
-        cause = cause.__cause__
+    cause = input_error_in(error)
     if cause is None:
         sys.__excepthook__(kind, error, trace)
     else:

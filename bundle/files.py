@@ -8,8 +8,9 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def _nan_to_null(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_nan_to_null(value) for value in content]
     return None if isinstance(content, float) and math.isnan(content) else content
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Installed version of each package."""
+    return {name: version(name) for name in packages}
 
 
 def file_sha256(*paths: str | Path) -> str:

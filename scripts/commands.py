@@ -6,19 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from monai.bundle import ConfigParser
 
 from bundle.anatomy.atlas import load_atlas, region_table
 from bundle.data.splits import count_table, make_splits, save_all_splits, save_splits
 from bundle.deploy.export import export_run
 from bundle.deploy.published import convert_file
 from bundle.deploy.release import release as release_checkpoint
+from bundle.errors import unwrapped
 from bundle.evaluation.figures import mask_overlay
 from bundle.experiments.synthetic import make_cohort
-from bundle.preparation.confounds import Cleaning
 from bundle.preparation.preflight import preflight as look_at_runs
-from bundle.preparation.prepare import Preparation, refuse_failed_rows
-from bundle.preparation.prepare import prepare as prepare_runs
-from bundle.preparation.sources import find_runs
+from bundle.preparation.prepare import prepare_config, refuse_failed_rows
 from bundle.preparation.store import read_manifest
 
 
@@ -58,25 +57,26 @@ def prepare(
     source: str,
     store: str,
     dry_run: bool = False,
-    layout: str = "auto",
+    layout: str | None = None,
     participants: str | None = None,
-    labels: str = "required",
+    labels: str | None = None,
     tr: float | None = None,
     space: str | None = None,
-    min_overlap: float = 0.6,
-    min_coverage: float = 0.5,
-    on_low_coverage: str = "warn",
-    confounds: str | tuple = (),
+    min_overlap: float | None = None,
+    min_coverage: float | None = None,
+    on_low_coverage: str | None = None,
+    confounds: str | tuple | None = None,
     max_fd: float | None = None,
     high_pass: float | None = None,
     low_pass: float | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     scheduler: str | None = None,
 ) -> None:
     """Bring runs in MNI space onto the 2 mm grid and to 0.8 s, z-score them, and store them.
 
-    Run again, it does only what is not done or has changed. A run that cannot be used never stops the others: it
-    is named at the end, in STORE/summary.tsv and in STORE/report.html, and the exit status is then not 0.
+    Runs configs/prepare.json, where the defaults stand. Run again, it does only what is not done or has changed. A run
+    that cannot be used never stops the others: it is named at the end, in STORE/summary.tsv and in STORE/report.html,
+    and the exit status is then not 0.
 
     Args:
         source: folder (BIDS derivatives, ADHD-200, nilearn's ADHD sample, or plain NIfTI files), glob in quotes, or a
@@ -100,33 +100,34 @@ def prepare(
         workers: runs prepared at a time, each by a process of its own.
         scheduler: address of a Dask scheduler, e.g. tcp://host:8786, to use its workers instead.
     """
-    chosen = (confounds,) if isinstance(confounds, str) else tuple(confounds)
-    cleaning = Cleaning(chosen, max_fd, high_pass, low_pass)
-    preparation = Preparation(
-        min_overlap=min_overlap, min_coverage=min_coverage, on_low_coverage=on_low_coverage, cleaning=cleaning
-    )
-    runs = find_runs(source, labels, layout, participants, tr, space)  # type: ignore[arg-type]
+    config = prepare_config(
+        dataset_dir=source, output_dir=store, layout=layout, participants=participants, labels=labels, tr=tr,
+        space=space, min_overlap=min_overlap, min_coverage=min_coverage, on_low_coverage=on_low_coverage,
+        confounds=list(confounds) if isinstance(confounds, tuple) else confounds, max_fd=max_fd, high_pass=high_pass,
+        low_pass=low_pass, workers=workers, scheduler=scheduler,
+    )  # fmt: skip
     if dry_run:
-        refuse_failed_rows(look_at_runs(runs, f"{store.rstrip('/')}-preflight", preparation, workers, scheduler))
+        _look(config, f"{store.rstrip('/')}-preflight")
     else:
-        refuse_failed_rows(prepare_runs(runs, store, preparation, workers, scheduler)["rows"])
+        with unwrapped():
+            config.get_parsed_content("run#0")
 
 
 def preflight(
     source: str,
     report: str = "preflight",
-    layout: str = "auto",
+    layout: str | None = None,
     participants: str | None = None,
-    labels: str = "required",
+    labels: str | None = None,
     tr: float | None = None,
     space: str | None = None,
-    min_overlap: float = 0.6,
-    min_coverage: float = 0.5,
+    min_overlap: float | None = None,
+    min_coverage: float | None = None,
     pictures: bool = True,
-    workers: int = 1,
+    workers: int | None = None,
     scheduler: str | None = None,
 ) -> None:
-    """Look at every run as preparation would, store nothing, and report: a sortable page with pictures, and TSV.
+    """Look at every run as preparation would, store nothing, and report: a page with pictures, and TSV.
 
     Args:
         source: as for `prepare`.
@@ -142,9 +143,18 @@ def preflight(
         workers: as for `prepare`.
         scheduler: as for `prepare`.
     """
-    preparation = Preparation(min_overlap=min_overlap, min_coverage=min_coverage)
-    runs = find_runs(source, labels, layout, participants, tr, space)  # type: ignore[arg-type]
-    refuse_failed_rows(look_at_runs(runs, report, preparation, workers, scheduler, pictures))
+    config = prepare_config(
+        dataset_dir=source, layout=layout, participants=participants, labels=labels, tr=tr, space=space,
+        min_overlap=min_overlap, min_coverage=min_coverage, workers=workers, scheduler=scheduler,
+    )  # fmt: skip
+    _look(config, report, pictures)
+
+
+def _look(config: ConfigParser, report: str, pictures: bool = True) -> None:
+    with unwrapped():
+        runs, preparation = config.get_parsed_content("runs"), config.get_parsed_content("preparation")
+    rows = look_at_runs(runs, report, preparation, config["workers"], config["scheduler"], pictures)
+    refuse_failed_rows(rows)
 
 
 def export(

@@ -4,8 +4,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+import ignite.distributed as idist
 import numpy as np
 import torch
+from monai.data import DataLoader, Dataset, DistributedSampler
 from monai.data.utils import set_rnd
 from monai.transforms import Compose
 from torch import Tensor
@@ -26,6 +28,33 @@ def keep_items(items: list[dict]) -> list[dict]:
     ]
 
 
+def loader(
+    dataset: Dataset, batch_size: int, shuffle: bool, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """Loader of a dataset's items, uncollated; of several processes each gets its share.
+
+    Args:
+        dataset: of clips.
+        batch_size: items of a batch, per process.
+        shuffle: for training: in random order, and the shares are made equally long by repeating items. Else every
+            item comes once, in order.
+        num_workers: processes that read.
+        pin_memory: for the way to a GPU.
+    """
+    sampler = None
+    if idist.get_world_size() > 1:
+        sampler = DistributedSampler(dataset, even_divisible=shuffle, shuffle=shuffle)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle and sampler is None,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=keep_items,
+    )
+
+
 class PrepareBatch:
     """Trainer's ``prepare_batch``: run transforms on every item on the device, then stack.
 
@@ -34,9 +63,10 @@ class PrepareBatch:
 
     Args:
         transforms: applied to each item in order; they must leave ``image`` ``(1, X, Y, Z, T)``.
-        encode: a frozen map from images ``(1, 1, X, Y, Z, T)`` to features ``(1, c)``, which the network then
-            receives instead of images. Every clip is encoded once, and remembered by its run and start; where the
-            first transform is the one that reads it, not the loader's, it is read once too.
+        encode: a frozen map from images ``(1, 1, X, Y, Z, T)`` to features ``(1, c)``, in the precision in which the
+            model is served. The network then receives features instead of images. Every clip is encoded once, and
+            remembered by its run and start; where the first transform is the one that reads it, not the loader's, it
+            is read once too.
     """
 
     def __init__(self, transforms: Sequence[Callable], encode: Callable[[Tensor], Tensor] | None = None) -> None:

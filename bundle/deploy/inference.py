@@ -3,19 +3,16 @@
 import json
 import logging
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from ignite.engine import Engine, Events
 from scipy.special import expit
-from torch import nn
 
 from bundle.data.clips import clips
-from bundle.deploy.release import load_released
 from bundle.errors import InputError
-from bundle.files import ROOT, write_json, write_text
+from bundle.files import ROOT, versions, write_json, write_text
 from bundle.preparation.prepare import Preparation, prepare, refuse_failed_rows
 from bundle.preparation.sources import find_runs
 from bundle.preparation.store import read_manifest
@@ -42,15 +39,6 @@ def remove_earlier(output_dir: str | Path) -> None:
     """Remove the predictions of an earlier run, so that none is taken for this run's where it ends early."""
     for name in ("predictions.tsv", "predictions.json"):
         Path(output_dir, name).unlink(missing_ok=True)
-
-
-def load_model(network: nn.Module, path: str | Path, size: Mapping[str, Any], preparation: Preparation) -> None:
-    """Load a released model that was trained on data prepared in this way.
-
-    Raises:
-        InputError: the model is absent, has other sizes, or expects another preparation.
-    """
-    load_released(network, path, {"network": dict(size), "preparation": preparation.parameters_hash})
 
 
 def prepared_clips(
@@ -88,13 +76,13 @@ class Predictions:
     Args:
         output_dir: folder of both files.
         store: the store that `prepared_clips` filled; its summary names the runs that failed.
-        checkpoint: the released model, whose ``model.json`` lies beside it.
+        model: what the released model was made with, its ``model.json``.
     """
 
-    def __init__(self, output_dir: str | Path, store: str | Path, checkpoint: str | Path) -> None:
+    def __init__(self, output_dir: str | Path, store: str | Path, model: Mapping[str, Any]) -> None:
         self.output_dir = Path(output_dir)
         self.store = Path(store)
-        self.record = Path(checkpoint).with_suffix(".json")
+        self.model = model
         self.logits: list[dict] = []
 
     def attach(self, engine: Engine) -> None:
@@ -121,18 +109,17 @@ class Predictions:
         table.insert(1, "probability", expit(table["logit"]))
         path = self.output_dir / "predictions.tsv"
         rows = pd.read_csv(self.store / "summary.tsv", sep="\t", keep_default_na=False).to_dict("records")
-        model = json.loads(self.record.read_text())
         scored = {row["run_id"] for row in rows if row["status"] not in REFUSED}
         kinds = {run["run_id"]: mask_kind(run) for run in read_manifest(self.store)["runs"] if run["run_id"] in scored}
-        warnings = {name: OTHER_MASK for name, kind in kinds.items() if kind not in model["brain_masks"]}
+        warnings = {name: OTHER_MASK for name, kind in kinds.items() if kind not in self.model["brain_masks"]}
         metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
         about = {
             "columns": COLUMNS,
             "intended_use": metadata["intended_use"],
             "refused_runs": {row["run_id"]: row["reason"] for row in rows if row["status"] in REFUSED},
             "warnings": warnings,
-            "model": model,
-            "versions": {metadata["name"]: metadata["version"]} | {name: version(name) for name in PACKAGES},
+            "model": self.model,
+            "versions": {metadata["name"]: metadata["version"]} | versions(PACKAGES),
         }
         write_text(path, table.to_csv(sep="\t", index=False))
         write_json(path.with_suffix(".json"), about)

@@ -2,14 +2,13 @@
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from bundle.errors import InputError
 from bundle.files import file_sha256, write_json
+from bundle.networks.classifier import Classifier
+from bundle.preparation.prepare import rebuild_preparation
 from bundle.training.checkpoints import load_checkpoint, saved_facts, write_checkpoint
 from bundle.training.provenance import Provenance
 
@@ -33,21 +32,48 @@ def release(checkpoint: str | Path, folder: str | Path) -> Path:
     return path
 
 
-def load_released(network: nn.Module, path: str | Path, facts: Mapping[str, Any]) -> None:
-    """Load what `release` wrote, refusing weights whose recorded facts differ from ``facts``.
+class ReleasedModel:
+    """A model that `release` wrote, and what is known of how it was made: it is served as it was trained.
+
+    Args:
+        path: ``model.pt``; ``model.json`` lies beside it.
+
+    Attributes:
+        record: what it was made with.
+        precision: "float32" or "bf16", see `bundle.networks.precision`.
+        preparation: how its data were prepared, see `bundle.preparation.prepare`.
 
     Raises:
-        InputError: a file is absent, the two do not belong together, or a fact differs.
+        InputError: a file is absent, the two do not belong together, or the record was written by another version.
     """
-    path = Path(path)
-    state = load_checkpoint(path)
-    record = path.with_suffix(".json")
-    if not record.is_file():
-        raise InputError(f"{record}: absent, so nobody knows what {path.name} is; run `python -m scripts release`")
-    recorded = json.loads(record.read_text())
-    if recorded.get("sha256") != file_sha256(path):
-        raise InputError(f"{record}: does not belong to {path.name} (its sha256 differs); release the model again")
-    advice = "give the overlays and options that it was trained with (see the README on `preparation`)"
-    Provenance(**facts).require(recorded, list(facts), record, advice)
-    network.load_state_dict(state, strict=True)
-    logger.info("Loaded the model %s", path)
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.state = load_checkpoint(self.path)
+        source = self.path.with_suffix(".json")
+        if not source.is_file():
+            raise InputError(
+                f"{source}: absent, so nobody knows what {self.path.name} is; run `python -m scripts release`"
+            )
+        self.record: dict[str, Any] = json.loads(source.read_text())
+        if self.record.get("sha256") != file_sha256(self.path):
+            raise InputError(
+                f"{source}: does not belong to {self.path.name} (its sha256 differs); release the model again"
+            )
+        if missing := {"config", "preparation", "network", "brain_masks"} - set(self.record):
+            raise InputError(f"{source}: does not say its {min(missing)}; train and release with this version")
+        self.precision: str = self.record["config"]["precision"]
+        self.preparation = rebuild_preparation(self.record["preparation"], source)
+
+    def load_into(self, network: Classifier) -> None:
+        """Load the weights, refusing a network of other sizes; every key must fit.
+
+        Raises:
+            InputError: the network has other sizes than the one that was trained.
+        """
+        advice = "give the overlays and options that it was trained with"
+        Provenance(network=network.encoder.size).require(
+            self.record, self.path.with_suffix(".json"), ["network"], advice=advice
+        )
+        network.load_state_dict(self.state, strict=True)
+        logger.info("Loaded the model %s", self.path)

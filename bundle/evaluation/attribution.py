@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from captum.attr import FeatureAblation, IntegratedGradients
+from monai.inferers import Inferer
 from monai.transforms import Compose
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -168,6 +169,7 @@ def _difference(cases: NDArray, controls: NDArray, axis: int) -> NDArray:
 
 def attribute(
     network: nn.Module,
+    inferer: Inferer,
     clips: Sequence[dict[str, Any]],
     transforms: Sequence[Callable],
     output_dir: str | Path,
@@ -184,6 +186,7 @@ def attribute(
 
     Args:
         network: maps images to logits ``(B, 1)``, such as a `Classifier`.
+        inferer: runs it in the precision that it was trained in.
         clips: dataset of labelled clips as `ReadClipd` gives them.
         transforms: to ``image`` ``(1, X, Y, Z, T)``, on the device.
         output_dir: folder of the files.
@@ -212,7 +215,7 @@ def attribute(
         network.freeze = False  # else no gradient would reach the image through a frozen encoder
 
     def logit(image: Tensor) -> Tensor:
-        return network(image)[:, 0]
+        return inferer(image, network)[:, 0].float()
 
     def read(position: int) -> tuple[dict, Tensor]:
         item = prepare(clips[position])

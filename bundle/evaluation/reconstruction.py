@@ -7,12 +7,14 @@ mean goes with it.
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from monai.inferers import Inferer
 from monai.transforms import Compose
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ def voxel_sums(prediction: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def label_sums(
-    predict: Callable[[Tensor, Tensor], Tensor],
+    predict: Callable[..., Tensor],
     image: Tensor,
     brain: NDArray[np.bool_],
     labels: NDArray[np.int64],
@@ -56,7 +58,7 @@ def label_sums(
     """Hide each unit of a clip in turn, and sum its errors label by label, over voxels inside the brain.
 
     Args:
-        predict: the network: image ``(1, 1, X, Y, Z, T)`` and mask ``(1, 1, X, Y, Z)`` to the reconstruction.
+        predict: the network: image ``(1, 1, X, Y, Z, T)`` and keyword mask ``(1, 1, X, Y, Z)`` to the reconstruction.
         image: ``(1, 1, X, Y, Z, T)``.
         brain: bool ``(X, Y, Z)``.
         labels: position of each voxel's label, 1 to n, 0 for none.
@@ -69,7 +71,7 @@ def label_sums(
     sums = np.zeros((count + 1, 4))
     for unit in range(1, int(hidden.max()) + 1):
         inside = hidden == unit
-        prediction = predict(image, torch.from_numpy(inside)[None, None].to(image.device))
+        prediction = predict(image, mask=torch.from_numpy(inside)[None, None].to(image.device))
         parts = [part.double().cpu().numpy() for part in voxel_sums(prediction[0, 0].float(), image[0, 0].float())]
         scored = inside & brain
         counts = np.full(int(scored.sum()), image.shape[-1], float)
@@ -125,6 +127,7 @@ def _explained(residual: NDArray, total: NDArray, axis: int) -> NDArray:
 @torch.no_grad()
 def evaluate_reconstruction(
     network: nn.Module,
+    inferer: Inferer,
     clips: Sequence[dict[str, Any]],
     transforms: Sequence[Callable],
     mask: Callable[[dict], dict],
@@ -141,6 +144,7 @@ def evaluate_reconstruction(
 
     Args:
         network: a `MaskedAutoencoder`.
+        inferer: runs it in the precision that it was trained in.
         clips: dataset of clips as `ReadClipd` gives them.
         transforms: to ``image`` ``(T, X, Y, Z)`` and ``brain`` (`ScatterClipd`), on the device.
         mask: the strategy's mask transform, fixed.
@@ -163,11 +167,11 @@ def evaluate_reconstruction(
         item = mask(prepare(clips[position]))
         image = item["image"].as_tensor().movedim(0, -1)[None, None].contiguous()  # (1, 1, X, Y, Z, T)
         target = {"image": image, "mask": item["mask"].as_tensor()[None]}
-        prediction = network(image, target["mask"])
+        prediction = inferer(image, network, target["mask"])
         for metric in own.values():
             metric.update((prediction, target))
         brain = item["brain"].as_tensor()[0].bool().cpu().numpy()
-        sums = label_sums(network, image, brain, labels, hidden, len(members))
+        sums = label_sums(partial(inferer, network=network), image, brain, labels, hidden, len(members))
         table = pd.DataFrame(sums, columns=list(SUMS)).assign(name=list(members))
         tables.append(table.assign(participant_id=item["participant_id"]))
     subjects = pd.concat(tables).groupby(["participant_id", "name"], sort=True)[list(SUMS)].sum().reset_index()

@@ -6,7 +6,9 @@ A sweep is a small JSON file:
     results     folder of the results, one folder per trial in trials/
     splits      {"folds": 10, "seed": 0, "test": "all" or [0, 3] or "sites"}; "sites" leaves one site out at a time
     strategies  names of configs/masks, "random_weights" (no pretraining), or {"name", "mask", "pretrain", "train"}
-                with overrides for the two stages
+                with overrides for the two stages; {"mask": "equal", "regions": ["limbic", ["frontal", "cerebellum"]]}
+                stands for one strategy per item, named equal_limbic and equal_frontal_cerebellum (of the mask
+                "region", which is pretrain.json's own, just limbic)
     baselines   names of `bundle.experiments.baselines.BASELINES`
     seeds       of the networks
     configs     overlays for every stage, such as "demo"
@@ -35,7 +37,7 @@ from tqdm.auto import tqdm
 from bundle.data.splits import make_splits, save_splits
 from bundle.errors import InputError
 from bundle.experiments.baselines import BASELINES, mean_motion
-from bundle.experiments.trial import Strategy, Trial, is_finished, run_trial
+from bundle.experiments.trial import REGION, Strategy, Trial, is_finished, run_trial
 from bundle.files import config_file, slug, write_json, write_text
 from bundle.preparation.store import read_manifest
 from bundle.workers import dask_executor
@@ -80,7 +82,7 @@ def read_sweep(path: str | Path, **changes: Any) -> Sweep:
         for name in named:
             if name not in known:
                 raise InputError(f"{path}: {kind} {name!r} is unknown; choose from {', '.join(known)}")
-    names = [strategy.name for strategy in map(_strategy, sweep.strategies)] + list(sweep.baselines)
+    names = [strategy.name for strategy in strategies(sweep)] + list(sweep.baselines)
     if len(set(names)) < len(names):
         raise InputError(f"{path}: two strategies have the same name; give each its own")
     if not names:
@@ -88,17 +90,40 @@ def read_sweep(path: str | Path, **changes: Any) -> Sweep:
     return sweep
 
 
-def _strategy(entry: Any) -> Strategy:
+def strategies(sweep: Sweep) -> list[Strategy]:
+    """All strategies of a sweep, those over several regions multiplied."""
+    return [strategy for entry in sweep.strategies for strategy in _expand(entry)]
+
+
+def _expand(entry: Any) -> list[Strategy]:
+    """The strategies that one entry stands for; see the module."""
     if isinstance(entry, str):
-        strategy = Strategy(entry, None if entry == RANDOM_WEIGHTS else f"masks/{entry}")
+        found = [Strategy(entry, None if entry == RANDOM_WEIGHTS else entry)]
+    elif isinstance(entry, Mapping) and "regions" in entry:
+        found = [_over_regions(dict(entry), regions) for regions in entry["regions"]]
     else:
-        try:
-            strategy = Strategy(**entry)
-        except TypeError as error:
-            raise InputError(f"strategy {entry!r} must be a name, or have name, mask, pretrain and train") from error
-    if strategy.mask is not None:
-        config_file(strategy.mask)
-    return strategy
+        found = [_made(entry)]
+    for strategy in found:
+        for overlay in strategy.overlays:
+            config_file(overlay)
+    return found
+
+
+def _over_regions(entry: dict[str, Any], regions: str | Sequence[str]) -> Strategy:
+    names = [regions] if isinstance(regions, str) else list(regions)
+    mask = entry.get("mask", REGION)
+    name = "_".join(names if mask == REGION else [Path(mask).stem, *names])
+    rest = {key: value for key, value in entry.items() if key not in ("regions", "mask", "pretrain")}
+    return _made({"name": name, "mask": mask, "pretrain": {"regions": names} | entry.get("pretrain", {})} | rest)
+
+
+def _made(entry: Any) -> Strategy:
+    try:
+        return Strategy(**entry)
+    except TypeError as error:
+        raise InputError(
+            f"strategy {entry!r} must be a name, or have name, mask, regions, pretrain and train"
+        ) from error
 
 
 def plan_trials(sweep: Sweep) -> list[Trial]:
@@ -112,7 +137,7 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
     results = Path(sweep.results).absolute()
     folds = _folds(sweep.splits, runs)
     _refuse_shared_files("sites", folds)
-    _refuse_shared_files("strategies", [_strategy(entry).name for entry in sweep.strategies])
+    _refuse_shared_files("strategies", [strategy.name for strategy in strategies(sweep)])
     # with their hash: another plan for the same folder never changes the splits of a trial that waits
     files = {f: results / "splits" / f"fold-{slug(f)}-{splits['sha256'][:8]}.json" for f, splits in folds.items()}
     for fold, splits in folds.items():
@@ -133,15 +158,15 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
     if len(known) < len(sweep.baselines):
         logger.warning("%s: head motion is not known, so there is no baseline head_motion", sweep.store)
     baselines = [(Strategy(name), 0, True) for name in known]
-    strategies = [
+    rows = [
         replace(own, pretrain={**sweep.pretrain, **own.pretrain}, train={**sweep.train, **own.train})
-        for own in map(_strategy, sweep.strategies)
+        for own in strategies(sweep)
     ]
-    networks = [(strategy, seed, False) for seed in sweep.seeds for strategy in strategies]
+    networks = [(strategy, seed, False) for seed in sweep.seeds for strategy in rows]
     trials = []
     for (strategy, seed, baseline), (fold, splits) in _in_order(baselines + networks, folds):
         own = {"strategy": asdict(strategy), "seed": seed, "splits": splits["sha256"], "baseline": baseline}
-        own["mask"] = None if strategy.mask is None else config_file(strategy.mask).read_text()
+        own["mask"] = [config_file(overlay).read_text() for overlay in strategy.overlays]
         own |= {} if baseline else networks_only
         name = f"{slug(strategy.name)}__seed-{seed}__fold-{slug(fold)}"
         trials.append(
@@ -290,7 +315,7 @@ def _write_plan(sweep: Sweep, trials: Sequence[Trial]) -> None:
     plan["directory"] = str(Path.cwd())
     write_json(results / "sweep.json", plan)
     write_json(results / "data.json", describe_data(sweep.store))
-    masks = [strategy.mask for strategy in map(_strategy, sweep.strategies) if strategy.mask is not None]
+    masks = [overlay for strategy in strategies(sweep) for overlay in strategy.overlays]
     for name in dict.fromkeys(["pretrain", "train", "evaluate", *sweep.steps, *sweep.configs, *masks]):
         file = config_file(name)
         write_text(results / "configs" / f"{slug(name.removesuffix('.json'))}.json", file.read_text())

@@ -29,17 +29,35 @@ from bundle.process import run_config
 
 logger = logging.getLogger(__name__)
 
+REGION = "region"
+"""The mask that pretrain.json draws without an overlay."""
+
 PACKAGES = ("torch", "monai", "pytorch-ignite", "numpy", "scipy", "scikit-learn", "nilearn", "statsmodels", "captum")
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A row of the table: how to pretrain, and overrides of the two stages; ``mask`` None: random weights."""
+    """A row of the table: how to pretrain, and overrides of the two stages.
+
+    Attributes:
+        name: of the row.
+        mask: what is masked in pretraining: "region" (pretrain.json as it is), an overlay of configs/masks, or the path
+            of one; None: no pretraining, random weights.
+        pretrain: config id to value, for pretraining.
+        train: the same, for classification.
+    """
 
     name: str
     mask: str | None = None
     pretrain: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def overlays(self) -> list[str]:
+        """The overlays of pretrain.json, names or paths as for `bundle.files.config_file`."""
+        if self.mask in (None, REGION):
+            return []
+        return [self.mask if self.mask.endswith(".json") else f"masks/{self.mask}"]
 
 
 @dataclass(frozen=True)
@@ -131,12 +149,12 @@ def _stages(trial: Trial, lock: int) -> dict[str, Callable[[], Any]]:
     pretraining = common | dict(trial.strategy.pretrain) | {"output_dir": folder / "pretrain"}
     encoder = "random" if trial.strategy.mask is None else folder / "pretrain" / "best.pt"
     training = common | dict(trial.strategy.train) | {"output_dir": folder / "train", "encoder_checkpoint": encoder}
-    mask, overlays = trial.strategy.mask, trial.configs
+    masks, overlays = trial.strategy.overlays, trial.configs
     jobs: dict[str, tuple[str, list[str], dict]] = {}
-    if mask is not None:
-        jobs["pretrain"] = ("pretrain", ["pretrain", mask, *overlays], pretraining)
+    if trial.strategy.mask is not None:
+        jobs["pretrain"] = ("pretrain", ["pretrain", *masks, *overlays], pretraining)
         if "reconstruct" in trial.steps:
-            jobs["reconstruct"] = ("run", ["pretrain", mask, "reconstruct", *overlays], pretraining)
+            jobs["reconstruct"] = ("run", ["pretrain", *masks, "reconstruct", *overlays], pretraining)
     jobs["train"] = ("run", ["train", *overlays], training)
     jobs["test"] = ("run", ["train", "evaluate", *overlays], training)
     if "attribute" in trial.steps:

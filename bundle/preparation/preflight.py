@@ -18,7 +18,7 @@ from bundle.anatomy import atlas, grid
 from bundle.anatomy.parcels import dense
 from bundle.errors import InputError
 from bundle.preparation import run_report
-from bundle.preparation.prepare import Preparation, attempt, identify_runs, prepared_item, row_of
+from bundle.preparation.prepare import Preparation, attempt, identify_runs, load_preparation, prepared_item, row_of
 from bundle.preparation.sources import Run
 from bundle.workers import parallel_map
 
@@ -53,7 +53,7 @@ def preflight(
     """
     if not runs:
         raise InputError("there are no runs to look at; check the source")
-    preparation = preparation or Preparation()
+    preparation = preparation or load_preparation()
     with parallel_map(workers, scheduler) as each:
         identities = identify_runs(preparation, runs, {}, each)
         looked = each(partial(_look, preparation, pictures), list(zip(runs, identities, strict=True)), "looking")

@@ -1,32 +1,31 @@
 """Prepare a dataset: every run from NIfTI to the store, skipping what is current and naming what failed."""
 
 import hashlib
+import inspect
 import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from monai.bundle import ConfigParser
+from monai.transforms import MapTransform
 
 from bundle.anatomy import atlas, grid
 from bundle.anatomy.parcels import dense
-from bundle.errors import InputError
-from bundle.files import WriteError, file_sha256
+from bundle.errors import InputError, unwrapped
+from bundle.files import ROOT, WriteError, config_file, file_sha256, versions
 from bundle.preparation import run_report, store
-from bundle.preparation.bold import TR_RANGE, open_bold
-from bundle.preparation.confounds import Cleaning, clean_frames
+from bundle.preparation.bold import open_bold
 from bundle.preparation.sources import Run
 from bundle.preparation.transforms import (
-    CLIP_FRAMES,
     CONSTANT,
-    MIN_OVERLAP,
-    TR_SECONDS,
+    CleanSignalsd,
     LoadBOLDd,
     ResampleTRd,
     StoreRund,
@@ -46,46 +45,32 @@ _PACKAGES = ("numpy", "scipy", "nibabel", "nilearn", "monai", "torch")
 
 @dataclass(frozen=True)
 class Preparation:
-    """What shapes a prepared run, and which runs may enter a store.
+    """What shapes a prepared run, and which runs may enter a store; see `load_preparation` for the usual one.
 
     Attributes:
-        tr: spacing of the stored frames, seconds, 0.1 to 20.
-        min_frames: the fewest frames a stored run may have.
-        min_overlap: the least share, 0 to 1, of the MNI152 brain mask that a run's brain must contain.
+        steps: dictionary transforms from a run's path to its z-scores, as configs/prepare.json lists them.
         min_coverage: a region of which a run's brain contains less than this share, 0 to 1, has low coverage.
         on_low_coverage: "warn" in the summary and the report, or "exclude" the run (and say so there).
-        cleaning: confound regression, scrubbing and band-pass; none by default.
     """
 
-    tr: float = TR_SECONDS
-    min_frames: int = CLIP_FRAMES
-    min_overlap: float = MIN_OVERLAP
-    min_coverage: float = 0.5
-    on_low_coverage: str = "warn"
-    cleaning: Cleaning = field(default_factory=Cleaning)
+    steps: Sequence[MapTransform]
+    min_coverage: float
+    on_low_coverage: str
 
     def __post_init__(self) -> None:
-        if not TR_RANGE[0] <= self.tr <= TR_RANGE[1]:
-            raise InputError(f"the prepared TR must be {TR_RANGE[0]} to {TR_RANGE[1]} seconds, not {self.tr}")
-        if self.min_frames < 1:
-            raise InputError(f"min_frames must be at least 1, not {self.min_frames}")
-        for name in ("min_overlap", "min_coverage"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if not 0 <= self.min_coverage <= 1:
+            raise InputError(f"min_coverage must be between 0 and 1, not {self.min_coverage}")
         if self.on_low_coverage not in ("warn", "exclude"):
             raise InputError(f"on_low_coverage must be warn or exclude, not {self.on_low_coverage!r}")
 
     def parameters(self) -> dict[str, Any]:
         """Everything that shapes a stored run, as JSON values; which regions it must cover does not."""
         return {
-            "tr": self.tr,
-            "min_frames": self.min_frames,
-            "min_overlap": self.min_overlap,
+            "steps": [{"step": type(step).__name__} | _arguments(step) for step in self.steps],
             "grid_shape": list(grid.SHAPE),
             "grid_affine": grid.AFFINE.tolist(),
             "interpolation": "linear in world space and in time",
             "background": f"the given brain mask, else {CONSTANT}",
-            "cleaning": asdict(self.cleaning) if self.cleaning else None,
             "scaling": "z over all brain voxels and frames, population SD",
             "fill": "least z of the run",
             "dtype": "float16",
@@ -96,6 +81,68 @@ class Preparation:
         """sha256 of `parameters`, hexadecimal."""
         return hashlib.sha256(json.dumps(self.parameters(), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def reads_confounds(self) -> bool:
+        """Whether a step reads the runs' tables of confounds."""
+        cleaning = [step.cleaning for step in self.steps if isinstance(step, CleanSignalsd)]
+        return any(bool(wanted.confounds or wanted.max_fd) for wanted in cleaning)
+
+
+def _arguments(step: MapTransform) -> dict[str, Any]:
+    """What a transform was made with, as JSON values, from attributes of the arguments' names."""
+    names = [name for name in inspect.signature(type(step).__init__).parameters if name != "self"]
+    if missing := [name for name in names if not hasattr(step, name)]:
+        raise InputError(
+            f"the step {type(step).__name__} does not keep its argument {missing[0]!r} as an attribute, so what it "
+            f"does cannot be recorded; add `self.{missing[0]} = {missing[0]}` to it"
+        )
+    return json.loads(json.dumps({name: getattr(step, name) for name in names}))
+
+
+def prepare_config(**changes: Any) -> ConfigParser:
+    """The config configs/prepare.json, which is where the steps and their numbers stand.
+
+    Args:
+        **changes: entries to replace; None leaves an entry as it is.
+    """
+    parser = ConfigParser(ConfigParser.load_config_file(config_file("prepare")))
+    parser.update({"bundle_root": str(ROOT)} | {name: value for name, value in changes.items() if value is not None})
+    return parser
+
+
+def load_preparation(**changes: Any) -> Preparation:
+    """The preparation of configs/prepare.json, with some of its entries replaced, such as ``new_tr=2.0``.
+
+    Raises:
+        InputError: a number outside its range.
+    """
+    with unwrapped():
+        return prepare_config(**changes).get_parsed_content("preparation")
+
+
+def rebuild_preparation(parameters: Mapping[str, Any], source: str | Path) -> Preparation:
+    """The preparation that some data had, from its recorded parameters.
+
+    Args:
+        parameters: as `Preparation.parameters` gave them.
+        source: the file that holds them, for the message.
+
+    Raises:
+        InputError: it has steps that are not of this bundle, or that this version of it would do otherwise.
+    """
+    known = {step.__name__: step for step in (LoadBOLDd, ToGridd, CleanSignalsd, ResampleTRd, ZScored)}
+    if unknown := [step["step"] for step in parameters["steps"] if step["step"] not in known]:
+        raise InputError(f"{source}: its data were prepared with a step {unknown[0]} that is not of this bundle")
+    recorded = [dict(step) for step in parameters["steps"]]
+    steps = [known[step.pop("step")](**step) for step in recorded]
+    made = replace(load_preparation(), steps=steps)
+    differing = [name for name, value in made.parameters().items() if parameters.get(name) != value]
+    if differing:
+        raise InputError(
+            f"{source}: its data were prepared with another {differing[0]} than this version of the bundle"
+        )
+    return made
+
 
 class ExcludedError(InputError):
     """A run that could be prepared is left out, as the user chose."""
@@ -103,7 +150,7 @@ class ExcludedError(InputError):
 
 def prepare(
     runs: Sequence[Run],
-    folder: str | Path,
+    store_at: str | Path | StoreRund,
     preparation: Preparation | None = None,
     workers: int = 1,
     scheduler: str | None = None,
@@ -117,8 +164,8 @@ def prepare(
 
     Args:
         runs: from `bundle.preparation.sources`.
-        folder: the store, made if absent.
-        preparation: parameters; None takes the defaults.
+        store_at: the store's folder, made if absent, or the transform that writes to it.
+        preparation: the steps; None takes those of configs/prepare.json.
         workers: processes on this machine; each needs about 2 GiB for a run of 400 frames.
         scheduler: address of a Dask scheduler whose workers are used instead; they must see the same files.
 
@@ -132,7 +179,9 @@ def prepare(
     """
     if not runs:
         raise InputError("there are no runs to prepare; check the source")
-    preparation = preparation or Preparation()
+    preparation = preparation or load_preparation()
+    write = store_at if isinstance(store_at, StoreRund) else StoreRund(store_at)
+    folder = write.folder
     store.clean_unfinished(folder)
     stored = store.read_records(folder)
     store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
@@ -145,7 +194,7 @@ def prepare(
         ]
         todo = [index for index, row in enumerate(rows) if row["status"] == "to do"]
         tasks = [(runs[index], identities[index]) for index in todo]
-        for index, row in zip(todo, each(partial(_attempt, preparation, folder), tasks, "preparing"), strict=True):
+        for index, row in zip(todo, each(partial(_attempt, preparation, write), tasks, "preparing"), strict=True):
             rows[index] = row
     for row in rows:
         if row["status"] == "excluded":
@@ -219,7 +268,7 @@ def _unexpected(run: Run, error: Exception) -> str:
 
 
 def _confounds_sha256(run: Run, preparation: Preparation) -> str | None:
-    if not (preparation.cleaning.confounds or preparation.cleaning.max_fd) or run["confounds"] is None:
+    if not preparation.reads_confounds or run["confounds"] is None:
         return None
     return file_sha256(run["confounds"])
 
@@ -283,10 +332,10 @@ def _plan(
     return row_of(run, preparation, "updated", record=record)
 
 
-def _attempt(preparation: Preparation, folder: str | Path, task: tuple[Run, dict[str, Any]]) -> dict[str, Any]:
+def _attempt(preparation: Preparation, write: StoreRund, task: tuple[Run, dict[str, Any]]) -> dict[str, Any]:
     """Prepare one run; its own faults become its row's reason, a store that cannot be written stops the job."""
     run, identity = task
-    return attempt(run, preparation, lambda: StoreRund(folder)(prepared_item(run, identity, preparation)), "prepared")
+    return attempt(run, preparation, lambda: write(prepared_item(run, identity, preparation)), "prepared")
 
 
 def attempt(run: Run, preparation: Preparation, work: Callable[[], Mapping], status: str) -> dict[str, Any]:
@@ -318,27 +367,21 @@ def prepared_item(run: Run, identity: Mapping[str, Any], preparation: Preparatio
     Raises:
         InputError: the run cannot be used (`ExcludedError`: it is left out by choice).
     """
-    item: dict[Any, Any] = {key: run[key] for key in ("bold", "mask", "tr", "space")}
-    item = ToGridd(min_overlap=preparation.min_overlap)(LoadBOLDd()(item))
-    brain = dense(np.ones(len(item["voxels"]), bool), item["voxels"])
-    labels = atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE)
-    item["record"] |= {
+    item: dict[Any, Any] = {key: run[key] for key in ("bold", "mask", "confounds", "tr", "space")}
+    item["record"] = {
         "run_id": run["run_id"],
         **{key: run[key] for key in PARTICIPANT_COLUMNS},
         **identity,
-        "voxels": len(item["voxels"]),
-        "coverage": atlas.region_coverage(labels, brain),
-        "cleaning": None,
-        "versions": {package: version(package) for package in _PACKAGES},
+        "versions": versions(_PACKAGES),
     }
+    for step in preparation.steps:
+        item = step(item)
+    brain = dense(np.ones(len(item["voxels"]), bool), item["voxels"])
+    labels = atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE)
+    item["record"] |= {"voxels": len(item["voxels"]), "coverage": atlas.region_coverage(labels, brain)}
     if preparation.on_low_coverage == "exclude" and (low := low_coverage(item["record"], preparation)):
         raise ExcludedError(low)
-    if preparation.cleaning:
-        item["bold"], item["record"]["cleaning"] = clean_frames(
-            item["bold"], item["record"]["tr_in"], preparation.cleaning, Path(run["bold"]), run["confounds"]
-        )
-    item = ResampleTRd(tr=preparation.tr, min_frames=preparation.min_frames)(item)
-    return ZScored()(item)
+    return item
 
 
 def low_coverage(record: Mapping[str, Any], preparation: Preparation) -> str:

@@ -1,13 +1,10 @@
-"""MONAI dictionary transforms for the data's walk: NIfTI, frames on the grid, store, clip, dense image.
+"""MONAI dictionary transforms from a NIfTI file to the store, put together in configs/prepare.json.
 
-Each is thin over a function of `grid`, `bold` or `store`. The chains:
-
-    preparing               LoadBOLDd, ToGridd, (cleaning), ResampleTRd, ZScored, StoreRund
-    training and inference  ReadClipd, ScatterClipd, (masks), TimeLastd
-    without a store         LoadBOLDd, ToGridd, ResampleTRd, ZScored, TakeClipd, ScatterClipd, TimeLastd
+Each is thin over a function of `grid`, `bold`, `frames`, `confounds`, `scaling` or `store`. Its arguments are kept
+under their own names, from which the preparation's parameters are read.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,12 @@ from monai.transforms import MapTransform
 from bundle.anatomy import grid
 from bundle.errors import InputError
 from bundle.preparation import bold, store
+from bundle.preparation.bold import TR_RANGE
+from bundle.preparation.confounds import Cleaning, clean_frames
 from bundle.preparation.frames import KEPT_BYTES, brain_on_grid, frame_reader, sample
 from bundle.preparation.scaling import frames_after, resample_tr, zscore
 
 CLIP_FRAMES = 20
-MIN_OVERLAP = 0.6  # of the MNI152 brain mask
-TR_SECONDS = 0.8
 CONSTANT = "voxels constant over time"
 
 Item = dict[Hashable, Any]
@@ -66,11 +63,16 @@ class ToGridd(MapTransform):
     Args:
         keys: where the opened run is.
         mask_key: where a brain mask's path may be; without one, background is what is constant over time.
-        min_overlap: the least share of the MNI152 brain mask that the run's brain must contain.
+        min_overlap: the least share, 0 to 1, of the MNI152 brain mask that the run's brain must contain.
+
+    Raises:
+        InputError: a share outside 0 to 1.
     """
 
-    def __init__(self, keys: KeysCollection = "bold", mask_key: str = "mask", min_overlap: float = MIN_OVERLAP) -> None:
+    def __init__(self, min_overlap: float, keys: KeysCollection = "bold", mask_key: str = "mask") -> None:
         super().__init__(keys)
+        if not 0 <= min_overlap <= 1:
+            raise InputError(f"min_overlap must be between 0 and 1, not {min_overlap}")
         self.mask_key = mask_key
         self.min_overlap = min_overlap
 
@@ -91,7 +93,7 @@ class ToGridd(MapTransform):
                 )
             item[key] = sample(run, brain, read)
             item["voxels"] = np.flatnonzero(brain)
-            item["record"] = {
+            item["record"] = item.get("record", {}) | {
                 "source": str(run.path.absolute()),
                 "mask_source": CONSTANT if mask is None else str(Path(mask).absolute()),
                 "tr_in": run.tr,
@@ -106,17 +108,68 @@ class ToGridd(MapTransform):
         return item
 
 
+class CleanSignalsd(MapTransform):
+    """Regress confounds out of (T, V) frames, censor and filter them (see `bundle.preparation.confounds`).
+
+    The record's "cleaning" says what was done, or is None where nothing was to be done.
+
+    Args:
+        confounds: strategies of nilearn's `load_confounds`, or "table"; none by default.
+        max_fd: frames with more framewise displacement, mm, are censored.
+        high_pass: lowest frequency kept, Hz.
+        low_pass: highest frequency kept, Hz.
+        keys: where the frames are.
+        table_key: where the path of the run's own table of confounds may be.
+
+    Raises:
+        InputError: an argument that cannot be used.
+    """
+
+    def __init__(
+        self,
+        confounds: str | Sequence[str] = (),
+        max_fd: float | None = None,
+        high_pass: float | None = None,
+        low_pass: float | None = None,
+        keys: KeysCollection = "bold",
+        table_key: str = "confounds",
+    ) -> None:
+        super().__init__(keys)
+        self.confounds = (confounds,) if isinstance(confounds, str) else tuple(confounds)
+        self.max_fd, self.high_pass, self.low_pass = max_fd, high_pass, low_pass
+        self.table_key = table_key
+        self.cleaning = Cleaning(self.confounds, max_fd, high_pass, low_pass)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Item:
+        """Clean; raises `InputError` where confounds are missing or do not fit the run."""
+        item = dict(data)
+        record = item["record"]
+        done = None
+        for key in self.key_iterator(item):
+            if self.cleaning:
+                table, source = item.get(self.table_key), Path(record["source"])
+                item[key], done = clean_frames(item[key], record["tr_in"], self.cleaning, source, table)
+        return item | {"record": record | {"cleaning": done}}
+
+
 class ResampleTRd(MapTransform):
     """Bring (T, V) frames to one TR, linearly in time.
 
     Args:
-        keys: where the frames are; the item's "record" says their TR.
-        tr: the wanted TR, seconds.
+        tr: the wanted TR, seconds, 0.1 to 20.
         min_frames: the fewest frames that must come out.
+        keys: where the frames are; the item's "record" says their TR.
+
+    Raises:
+        InputError: a TR or a number of frames outside its range.
     """
 
-    def __init__(self, keys: KeysCollection = "bold", tr: float = TR_SECONDS, min_frames: int = CLIP_FRAMES) -> None:
+    def __init__(self, tr: float, min_frames: int = CLIP_FRAMES, keys: KeysCollection = "bold") -> None:
         super().__init__(keys)
+        if not TR_RANGE[0] <= tr <= TR_RANGE[1]:
+            raise InputError(f"the prepared TR must be {TR_RANGE[0]} to {TR_RANGE[1]} seconds, not {tr}")
+        if min_frames < 1:
+            raise InputError(f"min_frames must be at least 1, not {min_frames}")
         self.tr = tr
         self.min_frames = min_frames
 

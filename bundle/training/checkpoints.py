@@ -13,8 +13,8 @@ from ignite.handlers import Checkpoint
 from torch import nn
 
 from bundle.errors import InputError
-from bundle.files import file_sha256, written_whole
-from bundle.training.provenance import Provenance
+from bundle.files import written_whole
+from bundle.training.provenance import TRAINING_ONLY, Provenance
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +73,10 @@ class KeepCheckpoints:
             logger.info("No checkpoint in %s: training starts from the first epoch", self.folder)
             return
         saved = load_checkpoint(path)
-        self.provenance.require(saved_facts(saved, path), list(self.provenance.facts), path)
+        self.provenance.require(saved_facts(saved, path), path)
         max_epochs = engine.state.max_epochs
         Checkpoint.load_objects(to_load=self.objects, checkpoint=saved, strict=True)
-        engine.state.max_epochs = max_epochs  # what this run asks for, not what the interrupted one did
+        engine.state.max_epochs = max_epochs  # what is asked for now, not what was when it was interrupted
         logger.info("Resumed after epoch %d of %s from %s", engine.state.epoch, max_epochs, path)
 
     def save(self, engine: Engine) -> None:
@@ -134,14 +134,17 @@ def saved_facts(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, An
     """Return the facts of a checkpoint's provenance.
 
     Raises:
-        InputError: it has none, so it was not written by this bundle.
+        InputError: it has none, so it was not written by this bundle, or those of an earlier version.
     """
     if "provenance" not in checkpoint:
         raise InputError(
             f"{path}: holds no provenance, so it is not a checkpoint of this bundle; published NeuroSTORM weights "
             "go through `python -m scripts convert` first"
         )
-    return json.loads(checkpoint["provenance"]["facts"])
+    facts = json.loads(checkpoint["provenance"]["facts"])
+    if "config" not in facts and "published" not in facts:
+        raise InputError(f"{path}: was written by an earlier version, whose settings are not all known; train it again")
+    return facts
 
 
 def load_encoder(encoder: nn.Module, path: str, provenance: Provenance) -> None:
@@ -151,28 +154,26 @@ def load_encoder(encoder: nn.Module, path: str, provenance: Provenance) -> None:
         encoder: the encoder to fill.
         path: checkpoint of a pretraining run, or the word ``random`` to keep the random weights on purpose (a
             control: what pretraining is worth is the difference to it).
-        provenance: of this run; the checkpoint's preparation, split and network sizes must be the same, so that
-            no test subject was seen in pretraining. It is told which encoder this is (``encoder``: the file's hash, or
-            ``random``), so that a classifier of one encoder is never taken for that of another.
+        provenance: of this training; the checkpoint's preparation, split and network sizes must be the same, so that
+            no test subject was seen in pretraining. It is given the checkpoint's own facts, as ``pretraining``.
 
     Raises:
         InputError: no such file, not a checkpoint of this bundle, or one that differs.
     """
     if path == "random":
         logger.warning("The encoder keeps its RANDOM weights, as asked (encoder_checkpoint is 'random')")
-        provenance.facts["encoder"] = path
         return
     saved = load_checkpoint(path)
     facts = saved_facts(saved, path)
     if "published" in facts:
         logger.warning("%s: published weights; which participants they have seen is not known here", path)
-        provenance.require(facts, ["network"], path)
+        provenance.require(facts, path, ["network"])
     else:
-        provenance.require(facts, ["preparation", "splits", "network"], path)
+        provenance.require(facts, path, ["preparation", "splits", "network"])
     prefix = "encoder."
     state = {k.removeprefix(prefix): v for k, v in saved["network"].items() if k.startswith(prefix)}
     encoder.load_state_dict(state, strict=True)
-    provenance.facts["encoder"] = file_sha256(path)
+    provenance.facts["pretraining"] = facts
     logger.info("Loaded the encoder (%d tensors) from %s", len(state), path)
 
 
@@ -183,6 +184,8 @@ def load_network(network: nn.Module, path: str | Path, provenance: Provenance) -
         InputError: no such file, not a checkpoint of this bundle, or one that differs.
     """
     saved = load_checkpoint(path)
-    provenance.require(saved_facts(saved, path), list(provenance.facts), path)
+    facts = saved_facts(saved, path)
+    known = [name for name in facts if name in provenance.facts]  # of what came before, such as pretraining, not all is
+    provenance.require(facts, path, known, ignore=TRAINING_ONLY, more_is_fine=True)
     network.load_state_dict(saved["network"], strict=True)
     logger.info("Loaded %s (epoch %d)", path, saved["trainer"]["iteration"] // saved["trainer"]["epoch_length"])

@@ -17,7 +17,7 @@ from bundle.deploy.export import export_run, to_nifti
 from bundle.errors import InputError
 from bundle.preparation import store
 from bundle.preparation.bold import open_bold
-from bundle.preparation.prepare import Preparation, prepare
+from bundle.preparation.prepare import load_preparation, prepare
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     data = np.where(coarse_signal()[..., :1] != 0, coarse_signal(24, mean=-30.0, sd=8.0), 0)  # around 0, negative too
     source = save_bold(folder / "run.nii.gz", data, tr=2.0)
-    assert prepare([run_of(source, "sub-01")], folder / "store", Preparation(tr=2.0))["prepared"] == 1
+    assert prepare([run_of(source, "sub-01")], folder / "store", load_preparation(new_tr=2.0))["prepared"] == 1
     return folder, source
 
 
@@ -71,7 +71,7 @@ def test_an_export_can_be_prepared_again_to_the_same_store(prepared):
     folder, _ = prepared
     export_run(folder / "store", "sub-01", folder / "again.nii")
     assert open_bold(folder / "again.nii").tr == 2.0
-    prepare([run_of(folder / "again.nii", "sub-01")], folder / "second", Preparation(tr=2.0))
+    prepare([run_of(folder / "again.nii", "sub-01")], folder / "second", load_preparation(new_tr=2.0))
     first, second = (store.read_clip(folder / name, "sub-01", 0, 24).astype(float) for name in ("store", "second"))
     np.testing.assert_allclose(second, first, atol=0.004)
 

@@ -18,8 +18,7 @@ def predictions_of(folder, masks):
     manifest = {"format": 1, "parameters": {}, "parameters_hash": "", "runs": runs}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "summary.tsv").write_text("run_id\tstatus\treason\n" + "".join(f"{name}\tprepared\t\n" for name in masks))
-    (folder / "model.json").write_text(json.dumps({"brain_masks": ["given"]}))
-    return Predictions(folder, folder, folder / "model.pt")
+    return Predictions(folder, folder, {"brain_masks": ["given"]})
 
 
 def test_pitfall_16_a_participant_s_probability_is_the_sigmoid_of_the_mean_logit_of_all_clips(tmp_path):

@@ -31,6 +31,8 @@ from bundle.files import ROOT
 from bundle.locks import locked
 from bundle.preparation.store import read_manifest
 
+LIMBIC = {"regions": ["limbic"]}
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
@@ -75,7 +77,7 @@ def calls(monkeypatch, store):
 
 
 def small(store, tmp_path, **changes) -> Sweep:
-    settings = {"splits": {"folds": 3, "test": [0, 1]}, "strategies": ["random_tube", "limbic", "random_weights"]}
+    settings = {"splits": {"folds": 3, "test": [0, 1]}, "strategies": ["random_tube", LIMBIC, "random_weights"]}
     settings |= {"baselines": ["majority"], "steps": [], "bootstrap_resamples": 20}
     return Sweep(str(store), str(tmp_path / "results"), **(settings | changes))
 
@@ -83,7 +85,7 @@ def small(store, tmp_path, **changes) -> Sweep:
 def test_stages_run_in_order_once_and_share_the_store(store, tmp_path, calls):
     assert run_sweep(small(store, tmp_path)) == []
     of_trial = [call[:2] for call in calls.calls if call[2] == "limbic__seed-0__fold-1"]
-    assert of_trial == [("pretrain", ("pretrain", "masks/limbic")), ("run", ("train",)), ("run", ("train", "evaluate"))]
+    assert of_trial == [("pretrain", ("pretrain",)), ("run", ("train",)), ("run", ("train", "evaluate"))]
     of_control = [call[:2] for call in calls.calls if call[2] == "random_weights__seed-0__fold-0"]
     assert of_control == [("run", ("train",)), ("run", ("train", "evaluate"))]
     before = len(calls.calls)
@@ -93,7 +95,7 @@ def test_stages_run_in_order_once_and_share_the_store(store, tmp_path, calls):
 
 
 def test_the_best_encoder_is_frozen_and_the_best_classifier_tested_on_one_split_file(store, tmp_path, calls):
-    run_sweep(small(store, tmp_path, baselines=[], splits={"folds": 3, "test": [1]}, strategies=["limbic"]))
+    run_sweep(small(store, tmp_path, baselines=[], splits={"folds": 3, "test": [1]}, strategies=[LIMBIC]))
     (pretrain, train, test) = calls.overrides
     (splits,) = (tmp_path / "results" / "splits").iterdir()
     assert {stage["splits_file"] for stage in calls.overrides} == {str(splits)}
@@ -112,10 +114,10 @@ def test_another_plan_for_the_same_folder_leaves_the_splits_of_waiting_cells_alo
 
 
 def test_overrides_reach_their_stage_and_a_strategy_has_the_last_word(store, tmp_path, calls):
-    own = {"name": "own", "mask": "masks/limbic", "train": {"max_epochs": 4}}
+    own = {"name": "own", "mask": "region", "train": {"max_epochs": 4}}
     changes = {"overrides": {"frames": 4, "max_epochs": 1}, "pretrain": {"max_epochs": 2}, "train": {"max_epochs": 3}}
     run_sweep(
-        small(store, tmp_path, baselines=[], splits={"folds": 3, "test": [1]}, strategies=["limbic", own], **changes)
+        small(store, tmp_path, baselines=[], splits={"folds": 3, "test": [1]}, strategies=[LIMBIC, own], **changes)
     )
     assert [stage["max_epochs"] for stage in calls.overrides] == [2, 3, 3, 2, 4, 4]
     assert {stage["frames"] for stage in calls.overrides} == {4}
@@ -338,7 +340,7 @@ def test_data_of_unknown_origin_is_not_called_real(store):
 
 
 def test_strategies_that_would_share_a_folder_are_refused(store, tmp_path):
-    names = [{"name": name, "mask": "masks/limbic"} for name in ("limbic 50%", "limbic_50_")]
+    names = [{"name": name, "mask": "region"} for name in ("limbic 50%", "limbic_50_")]
     with pytest.raises(InputError, match="'limbic 50%' and 'limbic_50_' would both be filed under 'limbic_50_'"):
         plan_trials(small(store, tmp_path, strategies=names))
     assert not (tmp_path / "results").exists()
@@ -355,7 +357,7 @@ def test_ready_made_sweeps_are_valid(name):
         ({"strategies": ["limbo"]}, "no such config"),
         ({"baselines": ["luck"]}, "unknown"),
         ({"steps": ["dance"]}, "unknown"),
-        ({"strategies": ["limbic", "limbic"]}, "same name"),
+        ({"strategies": [LIMBIC, LIMBIC]}, "same name"),
         ({"flavour": 1}, "not a sweep"),
         ({}, "nothing to run"),
     ],

@@ -13,7 +13,8 @@ from small_runs import coarse_signal, run_of, save_bold
 from bundle.errors import InputError
 from bundle.preparation import store
 from bundle.preparation.confounds import Cleaning, clean_frames, framewise_displacement
-from bundle.preparation.prepare import Preparation, prepare
+from bundle.preparation.prepare import load_preparation, prepare
+from bundle.preparation.transforms import CleanSignalsd
 
 FRAMES, TR = 100, 2.0
 SECONDS = np.arange(FRAMES) * TR
@@ -92,18 +93,18 @@ def test_fmriprep_confounds_by_strategy_and_the_record(tmp_path):
     pd.DataFrame(rng.normal(size=(FRAMES, 8)), columns=columns).to_csv(confounds, sep="\t", index=False)
     confounds.with_suffix(".json").write_text(json.dumps({}))
     run = run_of(path, "sub-01_task-rest", confounds=confounds)
-    preparation = Preparation(tr=TR, cleaning=Cleaning(("wm_csf",)))
+    preparation = load_preparation(new_tr=TR, confounds=["wm_csf"])
     assert prepare([run], tmp_path / "store", preparation)["prepared"] == 1
     record = store.read_run(tmp_path / "store", "sub-01_task-rest")
     assert record["cleaning"] == {"censored": 0, "regressors": ["csf", "white_matter"]}
-    assert store.read_manifest(tmp_path / "store")["parameters"]["cleaning"]["confounds"] == ["wm_csf"]
+    assert store.read_manifest(tmp_path / "store")["parameters"]["steps"][2]["confounds"] == ["wm_csf"]
     z = store.read_clip(tmp_path / "store", run["run_id"], 0, FRAMES).astype(float)
     csf = pd.read_csv(confounds, sep="\t")["csf"].to_numpy()
     assert np.abs(np.corrcoef(csf, z[:, ::5000].T)[0, 1:]).max() < 0.01
     assert prepare([run], tmp_path / "store", preparation)["current"] == 1
     pd.DataFrame(rng.normal(size=(FRAMES, 8)), columns=columns).to_csv(confounds, sep="\t", index=False)
     assert prepare([run], tmp_path / "store", preparation)["prepared"] == 1  # other confounds, other result
-    assert prepare([run], tmp_path / "store", Preparation(tr=TR))["prepared"] == 1  # cleaning taken back
+    assert prepare([run], tmp_path / "store", load_preparation(new_tr=TR))["prepared"] == 1  # cleaning taken back
 
 
 @pytest.mark.parametrize(
@@ -149,4 +150,4 @@ def test_bad_choices_are_refused(bad):
 
 def test_nothing_is_cleaned_by_default():
     assert not Cleaning()
-    assert Preparation().parameters()["cleaning"] is None
+    assert not any(step.cleaning for step in load_preparation().steps if isinstance(step, CleanSignalsd))

@@ -16,7 +16,7 @@ from bundle.anatomy.atlas import REGIONS
 from bundle.errors import InputError
 from bundle.preparation import store
 from bundle.preparation.preflight import preflight
-from bundle.preparation.prepare import Preparation, prepare
+from bundle.preparation.prepare import load_preparation, prepare
 
 
 @pytest.fixture
@@ -85,15 +85,15 @@ def test_low_coverage_warns_or_excludes_by_choice(files, caplog):
     assert "cerebellum" in summary["rows"][1]["warnings"]
     assert "sub-high covers less than 50% of cerebellum" in caplog.text
     before = (files / "store/runs/sub-good/frames.npy").stat().st_mtime_ns
-    summary = prepare(runs, files / "store", Preparation(on_low_coverage="exclude"))  # takes it out again
+    summary = prepare(runs, files / "store", load_preparation(on_low_coverage="exclude"))  # takes it out again
     assert (summary["current"], summary["excluded"], summary["failed"]) == (1, 1, 0)
     assert "cerebellum" in summary["rows"][1]["reason"]
     assert (files / "store/runs/sub-good/frames.npy").stat().st_mtime_ns == before
     assert [run["run_id"] for run in store.read_manifest(files / "store")["runs"]] == ["sub-good"]
-    summary = prepare(runs, files / "new", Preparation(on_low_coverage="exclude"))
+    summary = prepare(runs, files / "new", load_preparation(on_low_coverage="exclude"))
     assert (summary["prepared"], summary["excluded"]) == (1, 1)
     assert 'class="excluded"' in (files / "new/report.html").read_text()
-    summary = prepare(runs, files / "any", Preparation(on_low_coverage="exclude", min_coverage=0))
+    summary = prepare(runs, files / "any", load_preparation(on_low_coverage="exclude", min_coverage=0))
     assert summary["prepared"] == 2
 
 
@@ -106,7 +106,7 @@ def test_coverage_is_the_share_of_the_regions_voxels(files):
 @pytest.mark.parametrize("bad", [{"min_coverage": 2}, {"on_low_coverage": "ignore"}])
 def test_bad_choices_are_refused(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
-        Preparation(**bad)
+        load_preparation(**bad)
 
 
 def test_nothing_to_look_at_is_an_error(tmp_path):

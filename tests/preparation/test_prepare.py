@@ -3,18 +3,21 @@
 Pitfalls 1, 2, 6. Not covered here: single files (test_bold.py) and transforms (test_transforms.py).
 """
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from resource import RLIMIT_FSIZE, getrlimit, setrlimit
 
 import numpy as np
 import pandas as pd
 import pytest
+from monai.transforms import MapTransform
 from nilearn.image import load_img, resample_img
 from small_runs import coarse_brain, coarse_signal, run_of, save_bold, save_mask
 
@@ -24,7 +27,7 @@ from bundle.errors import InputError
 from bundle.files import WriteError
 from bundle.preparation import prepare as module
 from bundle.preparation import store
-from bundle.preparation.prepare import Preparation, prepare
+from bundle.preparation.prepare import load_preparation, prepare, rebuild_preparation
 from bundle.preparation.sources import find_runs
 
 
@@ -54,7 +57,7 @@ def test_good_runs_are_stored_and_a_bad_one_is_named(files):
     assert "cut.nii.gz is truncated or damaged" in reason_of(summary, "sub-cut")
     manifest = store.read_manifest(files / "store")
     assert [run["run_id"] for run in manifest["runs"]] == ["sub-a", "sub-b"]
-    assert manifest["parameters_hash"] == Preparation().parameters_hash
+    assert manifest["parameters_hash"] == load_preparation().parameters_hash
     table = pd.read_csv(files / "store/summary.tsv", sep="\t")
     assert table["status"].tolist() == ["prepared", "failed", "prepared"]
     assert table["frames"].dropna().tolist() == [29, 29]
@@ -115,7 +118,7 @@ def test_what_changed_is_done_again(files, change):
 def test_other_parameters_redo_everything(files):
     run = run_of(files / "a.nii.gz", "sub-a")
     prepare([run], files / "store")
-    assert status_of(prepare([run], files / "store", Preparation(tr=1.0))) == {"sub-a": "prepared"}
+    assert status_of(prepare([run], files / "store", load_preparation(new_tr=1.0))) == {"sub-a": "prepared"}
     assert store.read_run(files / "store", "sub-a")["frames"] == 24
 
 
@@ -317,14 +320,38 @@ def test_a_killed_worker_is_said_plainly(files, monkeypatch):
 
 
 def test_parameters_decide_the_hash():
-    hashes = {Preparation(*values).parameters_hash for values in ((), (0.8,), (1.0,), (0.8, 30), (0.8, 20, 0.5))}
-    assert len(hashes) == 4
+    changes = ({}, {"new_tr": 0.8}, {"new_tr": 1.0}, {"min_frames": 30}, {"min_overlap": 0.5}, {"high_pass": 0.01})
+    assert len({load_preparation(**change).parameters_hash for change in changes}) == 5
+    same = ({}, {"min_coverage": 0.1}, {"on_low_coverage": "exclude"}, {"workers": 2}, {"output_dir": "elsewhere"})
+    assert len({load_preparation(**change).parameters_hash for change in same}) == 1
 
 
-@pytest.mark.parametrize("bad", [{"tr": 0}, {"tr": 800}, {"min_frames": 0}, {"min_overlap": 1.5}])
+def test_a_preparation_is_made_again_from_what_a_store_says_of_it():
+    made = load_preparation(new_tr=1.0, confounds=["motion"], low_pass=0.1)
+    recorded = json.loads(json.dumps(made.parameters()))
+    assert rebuild_preparation(recorded, "model.json").parameters_hash == made.parameters_hash
+    with pytest.raises(InputError, match="with a step Smoothd that is not of this bundle"):
+        rebuild_preparation(recorded | {"steps": [{"step": "Smoothd"}]}, "model.json")
+    with pytest.raises(InputError, match="with another dtype"):
+        rebuild_preparation(recorded | {"dtype": "int8"}, "model.json")
+
+
+def test_a_step_that_hides_its_arguments_is_refused():
+    class Hidingd(MapTransform):
+        def __init__(self, width, keys="bold"):
+            super().__init__(keys)
+
+        def __call__(self, data):
+            return data
+
+    with pytest.raises(InputError, match="Hidingd does not keep its argument 'width'"):
+        replace(load_preparation(), steps=[Hidingd(3)]).parameters()
+
+
+@pytest.mark.parametrize("bad", [{"new_tr": 0}, {"new_tr": 800}, {"min_frames": 0}, {"min_overlap": 1.5}])
 def test_bad_parameters_are_refused(bad):
-    with pytest.raises(InputError, match=next(iter(bad)).replace("tr", "TR")):
-        Preparation(**bad)
+    with pytest.raises(InputError, match=next(iter(bad)).replace("new_tr", "TR")):
+        load_preparation(**bad)
 
 
 def test_nothing_to_prepare_is_an_error(tmp_path):

@@ -19,7 +19,7 @@ from bundle.errors import InputError
 from bundle.preparation import store
 from bundle.preparation.transforms import LoadBOLDd, ResampleTRd, StoreRund, ToGridd, ZScored
 
-PREPARE = (LoadBOLDd(), ToGridd(), ResampleTRd(), ZScored())
+PREPARE = (LoadBOLDd(), ToGridd(0.6), ResampleTRd(0.8), ZScored())
 
 
 def apply(transforms, item):
@@ -88,7 +88,7 @@ def test_transforms_leave_their_input_alone(prepared):
     path, _, folder = prepared
     for transform, item in (
         (ReadClipd(folder), {"run_id": "sub-01", "start": 0}),
-        (ToGridd(), LoadBOLDd()({"bold": path, "mask": None})),
+        (ToGridd(0.6), LoadBOLDd()({"bold": path, "mask": None})),
     ):
         before = dict(item)
         transform(item)

@@ -12,8 +12,9 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from bundle.atlas import load_atlas
 from bundle.attribution import summarise
 from bundle.evaluation import write_test
+from bundle.pages import p_value
 from bundle.region_maps import draw, units
-from bundle.report import _p_value, by_fold, curves_plot, one_class_folds, write_report
+from bundle.report import by_fold, curves_plot, one_class_folds, write_report
 from bundle.splits import make_splits, save_splits
 from bundle.statistics import compare, finished_cells, read_outcomes
 from bundle.store import write_json
@@ -118,7 +119,7 @@ def test_a_reconstruction_without_r2_is_a_dash_in_the_report(results):
 
 
 def test_no_p_value_is_zero():
-    assert [_p_value(p) for p in (1e-9, 0.00099, 0.001, 0.0416, 1.0, np.nan)] == [
+    assert [p_value(p) for p in (1e-9, 0.00099, 0.001, 0.0416, 1.0, np.nan)] == [
         "<0.001", "<0.001", "0.001", "0.042", "1.000", "–"
     ]  # fmt: skip
 

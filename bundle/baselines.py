@@ -33,6 +33,7 @@ from bundle import grid
 from bundle.atlas import Atlas, labels_on, load_atlas
 from bundle.errors import InputError
 from bundle.evaluation import write_test
+from bundle.motion import MOTION_COLUMNS
 from bundle.splits import SETS, load_splits
 from bundle.store import read_clip, read_manifest, read_voxels, write_json, write_text
 
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 PENALTIES = tuple(10.0**k for k in range(-4, 3))
 KINDS = ("correlation", "tangent")
-MOTION_COLUMNS = ("mean_fd", "fd_mean", "mean_framewise_displacement", "meanfd")
 FEWEST_VOXELS = 5
 
 

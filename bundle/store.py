@@ -4,6 +4,7 @@ store/manifest.json             every run's record, rebuilt from the folders
 store/runs/<run_id>/frames.npy  (T, V) float16, z-scored, brain voxels only
 store/runs/<run_id>/voxels.npy  (V,) int32, flat C-order indices into `grid.SHAPE`
 store/runs/<run_id>/run.json    the run's record: participant, provenance, mean, SD, fill, coverage
+store/runs/<run_id>/picture.webp  where one was asked for, the run's mean with contours of its brain and the regions
 """
 
 import errno
@@ -117,9 +118,18 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StoreWriteError: it cannot be written.
     """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file of the store, whole or not at all.
+
+    Raises:
+        StoreWriteError: it cannot be written.
+    """
     with _unfinished_beside(path) as unfinished:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_bytes(content)
         unfinished.replace(path)
 
 

@@ -70,6 +70,7 @@ def prepare(
     max_fd: float | None = None,
     high_pass: float | None = None,
     low_pass: float | None = None,
+    pictures: bool = True,
     workers: int = 1,
     scheduler: str | None = None,
 ) -> None:
@@ -97,6 +98,7 @@ def prepare(
         max_fd: censor frames with more framewise displacement, mm; none by default.
         high_pass: lowest frequency kept, Hz; all by default.
         low_pass: highest frequency kept, Hz; all by default.
+        pictures: draw each run's mean BOLD with contours of its brain mask and of the regions into the report.
         workers: runs prepared at a time, each by a process of its own.
         scheduler: address of a Dask scheduler, e.g. tcp://host:8786, to use its workers instead.
     """
@@ -107,9 +109,10 @@ def prepare(
     )
     runs = find_runs(source, labels, layout, participants, tr, space)  # type: ignore[arg-type]
     if dry_run:
-        refuse_failed_rows(look_at_runs(runs, f"{store.rstrip('/')}-preflight", preparation, workers, scheduler))
+        report = f"{store.rstrip('/')}-preflight"
+        refuse_failed_rows(look_at_runs(runs, report, preparation, workers, scheduler, pictures))
     else:
-        refuse_failed_rows(prepare_runs(runs, store, preparation, workers, scheduler)["rows"])
+        refuse_failed_rows(prepare_runs(runs, store, preparation, workers, scheduler, pictures)["rows"])
 
 
 def preflight(
@@ -126,7 +129,7 @@ def preflight(
     workers: int = 1,
     scheduler: str | None = None,
 ) -> None:
-    """Look at every run as preparation would, store nothing, and report: a sortable page with pictures, and TSV.
+    """Look at every run as preparation would, store nothing, and report: a page with pictures, and TSV.
 
     Args:
         source: as for `prepare`.

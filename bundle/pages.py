@@ -49,7 +49,7 @@ def embedded(picture: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def drawn(figure: Figure, dpi: int = 110) -> str:
+def drawn(figure: Figure, dpi: int = 130) -> str:
     """A figure as `embedded` PNG."""
     file = BytesIO()
     figure.savefig(file, dpi=dpi)

@@ -87,6 +87,7 @@ def test_what_is_not_known_is_a_dash_and_no_number(tmp_path):
         assert not {"None", "nan", "nan%"} & set(shown.split())
     assert "limbic–" in text_of(cards(page)["gap"])
     assert not {"dl", "details", "svg"} & {element.tag for element in cards(page)["bad"].iter()}
+    assert "TR2 s, from the header Voxels" in text_of(cards(page)["gap"])
     assert "Mean FD" not in text_of(cards(page)["gap"])
     assert "Mean FD0.12 mm" in text_of(cards(page)["moved"])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from bundle.errors import InputError
+from bundle.experiments.demo_report import write_demo_report
 from bundle.process import run_config
 from scripts.commands import prepare, release, splits, synthesize
 
@@ -17,7 +18,7 @@ def demo(folder: str = "demo", subjects: int = 24, effect: float = 2.0, seed: in
     """Make a synthetic cohort and run the main job on it; run again, it goes on where it was interrupted.
 
     The cohort is made up, with a group difference planted in the brightness of limbic and cerebellar regions;
-    the scores say that the software works, and nothing about ADHD.
+    the scores say that the software works, and nothing about ADHD. FOLDER/report.html shows it all.
 
     Args:
         folder: where everything goes.
@@ -44,7 +45,9 @@ def demo(folder: str = "demo", subjects: int = 24, effect: float = 2.0, seed: in
     logger.info("Step 6 of 6: test the best classifier once, over subjects")
     run_config("run", ["train", "evaluate", "demo"], common)
     release(str(base / "train" / "best.pt"), str(base / "models"))
+    page = write_demo_report(base)
     report(base / "train" / "evaluation")
+    print(f"\nEverything is in {base}; to look at it, open {page.as_uri()}")
 
 
 def report(folder: Path) -> None:
@@ -55,4 +58,3 @@ def report(folder: Path) -> None:
     print("\nScores with 95 % bootstrap intervals over subjects (SYNTHETIC data)")
     scores = pd.DataFrame(summary["scores"]).T.astype(float)  # null, for undefined, to NaN
     print(scores.to_string(float_format="%.3f", na_rep="–"))
-    print(f"\nEverything is in {folder.parents[1]}")

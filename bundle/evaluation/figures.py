@@ -40,10 +40,13 @@ def mask_overlay(store: str | Path, run_id: str, png: str | Path, regions: Regio
         bg_img=mean_bold(store, run_id),
         display_mode="mosaic",
         cut_coords=6,
-        title=f"{regions} on the mean of {run_id}",
         black_bg=True,
         cmap="autumn",
         alpha=0.6,
+        vmin=1,  # else found slice by slice, with a warning where a slice has no voxel of the mask
+        vmax=2,
+        colorbar=False,
     )
+    display.title(f"{regions} on the mean of {run_id}", size=9)
     display.savefig(str(png), dpi=100)
     display.close()

@@ -35,13 +35,13 @@ from bundle.data.splits import SETS, load_splits
 from bundle.errors import InputError
 from bundle.evaluation.subjects import write_test_scores
 from bundle.files import write_json, write_text
+from bundle.preparation.motion import MOTION_COLUMNS
 from bundle.preparation.store import read_clip, read_manifest, read_voxels
 
 logger = logging.getLogger(__name__)
 
 PENALTIES = tuple(10.0**k for k in range(-4, 3))
 KINDS = ("correlation", "tangent")
-MOTION_COLUMNS = ("mean_fd", "fd_mean", "mean_framewise_displacement", "meanfd")
 FEWEST_VOXELS = 5
 
 
@@ -217,7 +217,7 @@ def run_baseline(
         seed: of the inner folds and of the bootstrap.
 
     Returns:
-        The table of `bundle.evaluation.subjects.score_table`.
+        The table of `bundle.evaluation.subjects.subjects.score_table`.
 
     Raises:
         InputError: a participant has no diagnosis, or what the baseline needs is not known.

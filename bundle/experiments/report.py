@@ -1,6 +1,5 @@
 """One report of a sweep: HTML in a single file, and Markdown with pictures beside it, from the results folder alone."""
 
-import base64
 import json
 import logging
 from collections.abc import Mapping
@@ -10,7 +9,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from tqdm.auto import tqdm
 
 from bundle.anatomy.atlas import Atlas, load_atlas
@@ -26,6 +24,7 @@ from bundle.experiments.statistics import (
     read_outcomes,
 )
 from bundle.files import slug, write_text
+from bundle.pages import embedded, render
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 from matplotlib import pyplot as plt
@@ -98,37 +97,12 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
 
 
 def _render(results: Path, pictures: Path, context: Mapping[str, Any]) -> Path:
-    def embedded(name: str) -> str:
-        return "data:image/png;base64," + base64.b64encode((pictures / name).read_bytes()).decode()
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).resolve().parents[1] / "templates"),
-        autoescape=select_autoescape(enabled_extensions=("html.j2",)),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "p_value": _p_value, "ci": _with_limits}
-    html = environment.get_template("report.html.j2").render(context, picture=embedded)
-    markdown = environment.get_template("report.md.j2").render(context, picture=lambda name: f"report/{name}")
+    html = render("report.html.j2", **context, picture=lambda name: embedded((pictures / name).read_bytes()))
+    markdown = render("report.md.j2", **context, picture=lambda name: f"report/{name}")
     write_text(results / "report.html", html)
     write_text(results / "report.md", markdown)
     logger.info("Wrote %s and report.md", results / "report.html")
     return results / "report.html"
-
-
-def _number(value: Any, digits: int = 3) -> str:
-    return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
-
-
-def _p_value(value: float) -> str:
-    """A p-value in three digits, of which 0.000 is not one."""
-    return "<0.001" if value < 0.001 else _number(value)
-
-
-def _with_limits(row: Mapping[str, Any], name: str) -> str:
-    """Value with its interval, as it goes into a paper."""
-    return f"{_number(row[name])} ({_number(row[f'{name}_low'])}–{_number(row[f'{name}_high'])})"
 
 
 def _own_reconstruction(trials: Trials) -> pd.DataFrame:

@@ -1,30 +1,29 @@
 """Look at every run before preparing it: the same steps as preparation, nothing stored, a report with pictures."""
 
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import nibabel as nib
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from nilearn import plotting
 
-from bundle.anatomy import atlas, grid
-from bundle.anatomy.parcels import dense
 from bundle.errors import InputError
 from bundle.preparation import run_report
-from bundle.preparation.prepare import Preparation, attempt, identify_runs, load_preparation, prepared_item, row_of
+from bundle.preparation.pictures import picture
+from bundle.preparation.prepare import (
+    GOOD_OVERLAP,
+    Preparation,
+    attempt,
+    identify_runs,
+    load_preparation,
+    prepared_item,
+    row_of,
+)
 from bundle.preparation.sources import Run
 from bundle.workers import parallel_map
 
 logger = logging.getLogger(__name__)
-
-mpl.use("Agg")  # pictures go to files, also on machines without a display
 
 
 def preflight(
@@ -59,7 +58,9 @@ def preflight(
         looked = each(partial(_look, preparation, pictures), list(zip(runs, identities, strict=True)), "looking")
     rows = [row for row, _ in looked]
     drawn = {row["run_id"]: picture for row, picture in looked if picture}
-    run_report.write(rows, folder, "preflight.tsv", "preflight.html", "Preflight: what the runs are like", drawn)
+    low = {"coverage": preparation.min_coverage, "mni_overlap": GOOD_OVERLAP}
+    title, shown = "Preflight: what the runs are like", drawn if pictures else None
+    run_report.write(rows, folder, "preflight.tsv", "preflight.html", title, shown, low)
     bad = [row for row in rows if row["status"] != "ready" or row["warnings"]]
     logger.info(
         "%d of %d runs are ready without a warning; see %s/preflight.html", len(rows) - len(bad), len(rows), folder
@@ -83,30 +84,3 @@ def _look(
 
     row = attempt(run, preparation, work, "ready")
     return row, picture(item["bold"].mean(axis=0, dtype=np.float32), item["voxels"]) if item and pictures else None
-
-
-def picture(values: np.ndarray, voxels: np.ndarray) -> bytes:
-    """Draw in-brain values (V,) with contours of their brain mask (white) and of the seven regions (colours).
-
-    Returns:
-        A PNG file's bytes.
-    """
-    volume = dense(values.astype(np.float32), voxels, fill=values.min())
-    brain = dense(np.ones(len(voxels), np.float32), voxels)
-    figure = Figure(figsize=(7.2, 2.6), facecolor="black")
-    display = plotting.plot_anat(
-        _image(volume), figure=figure, display_mode="ortho", cut_coords=(-24, -30, -10), cmap="gray", colorbar=False,
-        draw_cross=False, black_bg=True, dim=0,
-    )  # fmt: skip
-    display.add_contours(_image(brain), levels=[0.5], colors="white", linewidths=0.7)
-    labels = atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE)
-    for number, members in enumerate(atlas.REGIONS.values()):
-        region = np.isin(labels, members).astype(np.float32)
-        display.add_contours(_image(region), levels=[0.5], colors=[colormaps["Set1"](number)], linewidths=0.6)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=80, facecolor="black")
-    return file.getvalue()
-
-
-def _image(values: np.ndarray) -> nib.Nifti1Image:
-    return nib.Nifti1Image(values, grid.AFFINE)

@@ -22,6 +22,8 @@ from bundle.errors import InputError, unwrapped
 from bundle.files import ROOT, WriteError, config_file, file_sha256, versions
 from bundle.preparation import run_report, store
 from bundle.preparation.bold import open_bold
+from bundle.preparation.motion import mean_fd
+from bundle.preparation.pictures import stored_picture
 from bundle.preparation.sources import Run
 from bundle.preparation.transforms import (
     CONSTANT,
@@ -39,7 +41,8 @@ logger = logging.getLogger(__name__)
 PARTICIPANT_COLUMNS = ("participant_id", "site", "diagnosis", "participant")
 GOOD_OVERLAP = 0.8  # less of the MNI152 brain mask is worth a look
 LARGE_BRAIN = 1.5  # and so is a brain mask of this many times its volume
-_STATUSES = ("prepared", "updated", "current", "excluded", "failed")
+_STORED = ("prepared", "updated", "current")
+_STATUSES = (*_STORED, "excluded", "failed")
 _PACKAGES = ("numpy", "scipy", "nibabel", "nilearn", "monai", "torch")
 
 
@@ -154,6 +157,7 @@ def prepare(
     preparation: Preparation | None = None,
     workers: int = 1,
     scheduler: str | None = None,
+    pictures: bool = False,
 ) -> dict[str, Any]:
     """Prepare runs into a store; a bad run is listed with its reason and never stops the others.
 
@@ -168,6 +172,7 @@ def prepare(
         preparation: the steps; None takes those of configs/prepare.json.
         workers: processes on this machine; each needs about 2 GiB for a run of 400 frames.
         scheduler: address of a Dask scheduler whose workers are used instead; they must see the same files.
+        pictures: draw each stored run that has no picture yet, and show the pictures in report.html.
 
     Returns:
         {"rows": one dictionary per run ("run_id", "participant_id", "status", "reason", ...), "prepared": n,
@@ -196,6 +201,8 @@ def prepare(
         tasks = [(runs[index], identities[index]) for index in todo]
         for index, row in zip(todo, each(partial(_attempt, preparation, write), tasks, "preparing"), strict=True):
             rows[index] = row
+        ids = [row["run_id"] for row in rows if row["status"] in _STORED] if pictures else []
+        drawn = dict(zip(ids, each(partial(stored_picture, folder), ids, "drawing"), strict=True)) if pictures else None
     for row in rows:
         if row["status"] == "excluded":
             store.remove_run(folder, row["run_id"])
@@ -208,7 +215,8 @@ def prepare(
             "%s holds %d runs that are not in this source and stay in use, such as %s; where they should not be, take "
             "their folders out of %s/runs and prepare again", folder, len(unlisted), unlisted[0], folder,
         )  # fmt: skip
-    run_report.write(rows, folder, "summary.tsv", "report.html", f"Prepared runs of {Path(folder).name}")
+    low = {"coverage": preparation.min_coverage, "mni_overlap": GOOD_OVERLAP}
+    run_report.write(rows, folder, "summary.tsv", "report.html", f"Prepared runs of {Path(folder).name}", drawn, low)
     counts = {status: sum(row["status"] == status for row in rows) for status in _STATUSES}
     logger.info("%s: %s", folder, ", ".join(f"{count} {status}" for status, count in counts.items()))
     for row in rows:
@@ -408,7 +416,9 @@ def row_of(
     row |= {key: record[key] for key in ("voxels", "mean", "sd", "mni_overlap")}
     row |= {f"coverage_{region}": share for region, share in record["coverage"].items()}
     row["censored"] = record["cleaning"]["censored"] if record["cleaning"] else 0
-    return row | {"source": record["source"], "source_sha256": record["source_sha256"]}
+    row |= {"source": record["source"], "source_sha256": record["source_sha256"]}
+    motion = mean_fd(run)
+    return row if motion is None else row | {"mean_fd": motion}
 
 
 def _warnings(record: Mapping[str, Any], preparation: Preparation) -> list[str]:

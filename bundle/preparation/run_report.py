@@ -1,42 +1,26 @@
-"""The table of runs that preflight and preparation leave behind: TSV for machines, one HTML file for people."""
+"""The runs that preflight and preparation leave behind: a TSV for machines, a page with a card per run for people."""
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
 
+from bundle.anatomy.atlas import REGIONS
 from bundle.files import write_text
+from bundle.pages import REGION_COLOURS, embedded, render
 
-_ORDER = {"failed": 0, "excluded": 1}
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em }}
-table {{ border-collapse: collapse }}
-th {{ cursor: pointer; background: #eee; position: sticky; top: 0 }}
-th, td {{ border: 1px solid #ccc; padding: .2em .5em; text-align: left; white-space: nowrap }}
-td.text {{ white-space: normal; min-width: 24em }}
-tr.failed {{ background: #fdd }} tr.excluded {{ background: #fed }} tr.warned {{ background: #ffd }}
-figure {{ display: inline-block; margin: .5em }}
-</style>
-<h1>{title}</h1>
-<p>{counts}. Click a heading to sort; failures and warnings come first.</p>
-<table><thead><tr>{head}</tr></thead><tbody>
-{body}
-</tbody></table>
-{pictures}
-<script>
-document.querySelectorAll("th").forEach((th, column) => th.addEventListener("click", () => {{
-  const body = document.querySelector("tbody"), up = th.dataset.up = th.dataset.up === "1" ? "" : "1";
-  const key = row => row.cells[column].dataset.value;
-  const compare = (a, b) => a !== "" && b !== "" && !isNaN(a) && !isNaN(b) ? a - b : a.localeCompare(b);
-  [...body.rows].sort((a, b) => compare(key(a), key(b)) * (up ? 1 : -1)).forEach(row => body.append(row));
-}}));
-</script></html>
-"""
+KINDS = ("failed", "excluded", "warned", "good")  # worst first
+MEASURES = {
+    "mni_overlap": ("MNI brain covered", "%"),
+    **{f"coverage_{region}": (f"{region} covered", "%") for region in REGIONS},
+    "frames_in": ("frames acquired", ""),
+    "frames": ("frames prepared", ""),
+    "tr_in": ("TR", "s"),
+    "mean_fd": ("mean framewise displacement", "mm"),
+}
+_DETAILS = ("voxels", "mean", "sd", "source", "source_sha256")
 
 
 def write(
@@ -46,6 +30,7 @@ def write(
     page: str,
     title: str,
     pictures: Mapping[str, bytes] | None = None,
+    low: Mapping[str, float] | None = None,
 ) -> None:
     """Write a table of runs as TSV, in the runs' order, and as one self-contained page, worst first.
 
@@ -55,46 +40,88 @@ def write(
         tsv: name of the table.
         page: name of the page.
         title: the page's title.
-        pictures: PNG bytes by run id, shown below the table.
+        pictures: WebP bytes by run id, each shown on its run's card; None: the page says how to get some.
+        low: values, by the beginning of a column's name, below which the page marks it as low.
 
     Raises:
         WriteError: the folder cannot be written.
     """
     write_text(Path(folder) / tsv, pd.DataFrame(rows).to_csv(sep="\t", index=False))
-    write_text(Path(folder) / page, _html(rows, title, pictures or {}))
+    worst = sorted(rows, key=lambda row: KINDS.index(kind_of(row)))
+    context = {
+        "title": title,
+        "tsv": tsv,
+        "kinds": {kind: sum(kind_of(row) == kind for row in rows) for kind in KINDS},
+        "cards": [_card(row, (pictures or {}).get(row["run_id"]), low or {}) for row in worst],
+        "rugs": rugs(rows, low or {}),
+        "pictures": pictures is not None,
+        "colours": REGION_COLOURS,
+    }
+    write_text(Path(folder) / page, render("runs.html.j2", **context))
 
 
-def _html(rows: Sequence[Mapping[str, Any]], title: str, pictures: Mapping[str, bytes]) -> str:
-    worst = sorted(rows, key=lambda row: (_ORDER.get(row["status"], 2), not row["warnings"]))
-    columns = list(dict.fromkeys(key for row in worst for key in row))
-    counts = pd.Series([row["status"] for row in rows]).value_counts().sort_index()
-    warned = sum(bool(row["warnings"]) for row in rows)
-    figures = [_figure(row, pictures[row["run_id"]]) for row in worst if row["run_id"] in pictures]
-    return _PAGE.format(
-        title=html.escape(title),
-        counts=", ".join(f"{count} {status}" for status, count in counts.items()) + f", {warned} with warnings",
-        head="".join(f"<th>{html.escape(column)}</th>" for column in columns),
-        body="\n".join(_row(row, columns, row["run_id"] in pictures) for row in worst),
-        pictures="\n".join(figures),
-    )
+def kind_of(row: Mapping[str, Any]) -> str:
+    """One of `KINDS`: how a run is shown."""
+    return row["status"] if row["status"] in KINDS else "warned" if row["warnings"] else "good"
 
 
-def _figure(row: Mapping[str, Any], png: bytes) -> str:
-    name = html.escape(row["run_id"])
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    image = f'<img alt="mean BOLD with contours of the brain mask and the regions" src="{source}">'
-    return f'<figure id="{name}"><figcaption>{name} {html.escape(row["warnings"])}</figcaption>{image}</figure>'
+def _card(row: Mapping[str, Any], picture: bytes | None, low: Mapping[str, float]) -> dict[str, Any]:
+    bars = [_bar(name, row, f"coverage_{name}", low) for name in REGIONS]
+    return {
+        "row": {"participant_id": "–", "site": None, "diagnosis": None, **row},
+        "kind": kind_of(row),
+        "measured": known(row.get("frames")),
+        "bars": bars,
+        "overlap": _bar("whole brain", row, "mni_overlap", low),
+        "least": min((bar["share"] for bar in bars if bar["share"] is not None), default=None),
+        "details": {name: row[name] for name in _DETAILS if known(row.get(name))},
+        "picture": picture and embedded(picture, "webp"),
+    }
 
 
-def _row(row: Mapping[str, Any], columns: Sequence[str], pictured: bool) -> str:
-    kind = row["status"] if row["status"] in _ORDER else "warned" if row["warnings"] else "good"
-    cells = []
-    for column in columns:
-        value = row.get(column)
-        plain = "" if value is None else str(value)
-        shown = html.escape(f"{value:.4g}" if isinstance(value, float) else plain)
-        if column == "run_id" and pictured:
-            shown = f'<a href="#{shown}">{shown}</a>'
-        text = ' class="text"' if column in ("reason", "warnings") else ""
-        cells.append(f'<td{text} data-value="{html.escape(plain)}">{shown}</td>')
-    return f'<tr class="{kind}">{"".join(cells)}</tr>'
+def _bar(name: str, row: Mapping[str, Any], column: str, low: Mapping[str, float]) -> dict[str, Any]:
+    share = row.get(column)
+    share = share if known(share) else None
+    return {"name": name, "share": share, "low": share is not None and share < limit_of(column, low)}
+
+
+def limit_of(column: str, low: Mapping[str, float]) -> float:
+    """The value below which a column is marked as low; 0 for none."""
+    return next((value for start, value in low.items() if column.startswith(start)), 0.0)
+
+
+def known(value: Any) -> bool:
+    """Whether there is a value: neither None nor NaN."""
+    return value is not None and not pd.isna(value)
+
+
+def rugs(rows: Sequence[Mapping[str, Any]], low: Mapping[str, float]) -> list[dict[str, Any]]:
+    """One line per measure that any run has: its range, and a stroke for each run.
+
+    Returns:
+        "name", "unit", "least", "median" and "most", "limit" (None, or where low values end) and "strokes" (positions
+        by kind of run); positions are 0 to 1000 along the axis, which is 0 to 100 % for shares, else least to most.
+    """
+    lines = []
+    for column, (name, unit) in MEASURES.items():
+        values = [(kind_of(row), float(row[column])) for row in rows if known(row.get(column))]
+        if not values:
+            continue
+        numbers = [value for _, value in values]
+        start, end = (0.0, 1.0) if unit == "%" else (min(numbers), max(numbers))
+        scale = 1000 / (end - start) if end > start else 0.0
+        place = {value: round((value - start) * scale, 1) if scale else 500.0 for value in numbers}
+        strokes = {kind: sorted({place[value] for other, value in values if other == kind}) for kind in KINDS[::-1]}
+        limit = limit_of(column, low)
+        lines.append(
+            {
+                "name": name,
+                "unit": unit,
+                "least": min(numbers),
+                "median": median(numbers),
+                "most": max(numbers),
+                "limit": 1000 * limit if unit == "%" and limit else None,
+                "strokes": {kind: places for kind, places in strokes.items() if places},
+            }
+        )
+    return lines

@@ -4,6 +4,7 @@ store/manifest.json             every run's record, rebuilt from the folders
 store/runs/<run_id>/frames.npy  (T, V) float16, z-scored, brain voxels only
 store/runs/<run_id>/voxels.npy  (V,) int32, flat C-order indices into `grid.SHAPE`
 store/runs/<run_id>/run.json    the run's record: participant, provenance, mean, SD, fill, coverage
+store/runs/<run_id>/picture.webp  where one was asked for, the run's mean with contours of its brain and the regions
 """
 
 import errno

@@ -15,9 +15,10 @@ from bundle.data.splits import make_splits, save_splits
 from bundle.evaluation.attribution import summarise
 from bundle.evaluation.maps import draw
 from bundle.evaluation.subjects import write_test_scores
-from bundle.experiments.report import _p_value, by_fold, curves_plot, one_class_folds, write_report
+from bundle.experiments.report import by_fold, curves_plot, one_class_folds, write_report
 from bundle.experiments.statistics import compare, finished_trials, read_outcomes
 from bundle.files import write_json
+from bundle.pages import p_value
 
 SEEDS = (0, 1)
 STRATEGIES = ("random_tube", "limbic")
@@ -119,7 +120,7 @@ def test_a_reconstruction_without_r2_is_a_dash_in_the_report(results):
 
 
 def test_no_p_value_is_zero():
-    assert [_p_value(p) for p in (1e-9, 0.00099, 0.001, 0.0416, 1.0, np.nan)] == [
+    assert [p_value(p) for p in (1e-9, 0.00099, 0.001, 0.0416, 1.0, np.nan)] == [
         "<0.001", "<0.001", "0.001", "0.042", "1.000", "–"
     ]  # fmt: skip
 

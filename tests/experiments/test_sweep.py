@@ -328,7 +328,7 @@ def test_report_comes_from_the_results_folder_alone_and_says_synthetic(store, tm
         assert trial["sha256"] in text
         assert trial["versions"]["monai"] in text
     assert 'src="data:image/png;base64' in html
-    assert "http" not in html.replace("http://www.w3.org", "")  # nothing is fetched: one file is the report
+    assert "://" not in html.replace("http://www.w3.org", "")  # nothing is fetched: one file is the report
     table = pd.read_csv(moved / "table.csv").set_index("strategy")
     assert f"{table.loc['limbic', 'auroc']:.3f}" in html
 

@@ -64,11 +64,10 @@ def test_the_page_and_the_table_agree_and_the_worst_come_first(files):
     page = (files / "report/preflight.html").read_text()
     table = pd.read_csv(files / "report/preflight.tsv", sep="\t")
     assert table["run_id"].tolist() == [row["run_id"] for row in rows] == ["sub-good", "sub-high", "sub-short"]
-    assert re.findall(r'<tr class="(\w+)"', page) == ["failed", "warned", "good"]
-    assert "2 ready, 1 with warnings" in page.replace("1 failed, ", "")
-    pictures = [base64.b64decode(code) for code in re.findall(r"data:image/png;base64,([^\"]+)", page)]
+    assert re.findall(r'<article class="card (\w+)', page) == ["failed", "warned", "good"]
+    pictures = [base64.b64decode(code) for code in re.findall(r"data:image/webp;base64,([^\"]+)", page)]
     assert len(pictures) == 2  # none of the run that failed
-    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert all(picture[8:12] == b"WEBP" for picture in pictures)
     assert not re.search(r"""(src|href)=["']?https?:""", page)  # nothing is fetched
 
 
@@ -92,7 +91,7 @@ def test_low_coverage_warns_or_excludes_by_choice(files, caplog):
     assert [run["run_id"] for run in store.read_manifest(files / "store")["runs"]] == ["sub-good"]
     summary = prepare(runs, files / "new", load_preparation(on_low_coverage="exclude"))
     assert (summary["prepared"], summary["excluded"]) == (1, 1)
-    assert 'class="excluded"' in (files / "new/report.html").read_text()
+    assert 'class="card excluded' in (files / "new/report.html").read_text()
     summary = prepare(runs, files / "any", load_preparation(on_low_coverage="exclude", min_coverage=0))
     assert summary["prepared"] == 2
 

@@ -12,13 +12,7 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-
-from bundle.anatomy.atlas import REGIONS
-
-REGION_COLOURS = {name: to_hex(colormaps["Set1"](number)) for number, name in enumerate(REGIONS)}
 
 
 def render(template: str, **context: Any) -> str:

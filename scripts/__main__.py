@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 import fire
 
 from bundle.errors import InputError
-from scripts.commands import convert, export, overlay, preflight, prepare, regions, release, splits, synthesize
+from scripts.commands import convert, export, overlay, preflight, prepare, regions, release, splits, synthesize, where
 from scripts.demo import demo
 from scripts.experiments import report, sweep, truth
 
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
     "report": report,
     "truth": truth,
+    "where": where,
 }
 
 

@@ -16,6 +16,7 @@ from bundle.deploy.release import release as release_checkpoint
 from bundle.errors import unwrapped
 from bundle.evaluation.figures import mask_overlay
 from bundle.experiments.synthetic import make_cohort
+from bundle.files import ROOT
 from bundle.preparation.preflight import preflight as look_at_runs
 from bundle.preparation.prepare import prepare_config, refuse_failed_rows
 from bundle.preparation.store import read_manifest
@@ -235,6 +236,11 @@ def convert(published: str, checkpoint: str) -> None:
         checkpoint: file to write.
     """
     print(json.dumps(convert_file(published, checkpoint), indent=1))
+
+
+def where() -> None:
+    """Print the folder of this bundle, which holds configs/: the --bundle_root of runs from another folder."""
+    print(ROOT)
 
 
 def release(checkpoint: str, folder: str = "models") -> None:

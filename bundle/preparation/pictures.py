@@ -6,16 +6,19 @@ from pathlib import Path
 import matplotlib as mpl
 import nibabel as nib
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from nilearn import plotting
 
 from bundle.anatomy import atlas, grid
 from bundle.anatomy.parcels import dense
 from bundle.files import write_bytes
-from bundle.pages import REGION_COLOURS
 from bundle.preparation.store import read_clip, read_run, read_voxels
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
+
+REGION_COLOURS = {name: to_hex(colormaps["Set1"](number)) for number, name in enumerate(atlas.REGIONS)}
 
 
 def stored_picture(store: str | Path, run_id: str) -> bytes:

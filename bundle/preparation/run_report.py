@@ -9,7 +9,8 @@ import pandas as pd
 
 from bundle.anatomy.atlas import REGIONS
 from bundle.files import write_text
-from bundle.pages import REGION_COLOURS, embedded, render
+from bundle.pages import embedded, render
+from bundle.preparation.pictures import REGION_COLOURS
 
 KINDS = ("failed", "excluded", "warned", "good")  # worst first
 MEASURES = {

@@ -4,6 +4,7 @@ Not covered here: training itself (test_configs.py).
 """
 
 import json
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from tiny_configs import ROOT
 
 from bundle.data.splits import SETS, make_splits, save_splits
 from bundle.preparation.store import read_manifest
+from bundle.training.provenance import entries
 
 PARTS = {"train": "train#", "validation": "validate#", "test": ""}
 STAGES = {"pretrain": ["pretrain"], "classify": ["train"], "test": ["train", "evaluate"]}
@@ -103,3 +105,25 @@ def test_pitfall_14_the_test_config_takes_the_threshold_from_validation(small_st
     summary = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
     assert summary["threshold_logit"] == -0.5  # the test set's own would be -7.5
     assert pd.read_csv(tmp_path / "evaluation" / "subjects.tsv", sep="\t")["logit"].tolist() == [-9, -8, -7, 5]
+
+
+SHARED = ("pretrain", "train", "inference")
+OF_ITS_OWN = {
+    "imports", "dataset_dir", "output_dir", "batch_size", "network_def#_target_", "network", "optimizer#params",
+    "loss#_target_", "inferer#precision", "dataloader", "train#dataset#transform", "train#preprocessing#random",
+    "train#reports#description", "train#handlers#0#transforms", "train#handlers#2#metric",
+    "train#handlers#2#lower_is_better", "train#trainer#prepare_batch", "validate#dataset#transform",
+    "validate#evaluator#_target_", "run", "run#0#_target_", "run#1",
+}  # fmt: skip
+"""Entries of one name that are meant to differ between pretraining, classification and service."""
+
+
+def test_what_the_configs_share_is_the_same_in_each():
+    """Each must run by itself, from any folder, so a fact stands in several; here is what keeps them from drifting."""
+    contents = {name: dict(entries(json.loads((ROOT / "configs" / f"{name}.json").read_text()))) for name in SHARED}
+    differing = set()
+    for one, other in combinations(SHARED, 2):
+        common = contents[one].keys() & contents[other].keys()
+        assert len(common) > 15, (one, other)
+        differing |= {name for name in common if contents[one][name] != contents[other][name]}
+    assert sorted(differing - OF_ITS_OWN) == []

@@ -247,6 +247,36 @@ def test_new_scans_are_prepared_as_the_model_s_training_data_were(output: Path, 
     assert steps[2]["high_pass"] == 0.01
 
 
+def test_a_model_is_served_in_the_precision_that_it_was_trained_in(output: Path, store: Path, derivatives: Path):
+    """On a CPU too, where MONAI's own mixed precision does nothing; bf16 changes logits by far more than 1e-4."""
+    folder = output / "bf16"
+    settings = {"precision": "bf16", "output_dir": str(folder), "learning_rate": 0.1}
+    classify(store, output, **settings)
+    with pytest.raises(RuntimeError) as caught:
+        classify(store, output, "evaluate", **(settings | {"precision": "float32"}))
+    assert "was made with precision 'bf16', but here it is 'float32'" in sentence(caught.value)
+    classify(store, output, "evaluate", **settings)
+    release(folder / "best.pt", folder / "models")
+    infer(output, derivatives, folder / "inference", checkpoint=str(folder / "models" / "model.pt"))
+    tested = pd.read_csv(folder / "evaluation" / "subjects.tsv", sep="\t").set_index("participant_id")["logit"]
+    served = pd.read_csv(folder / "inference" / "predictions.tsv", sep="\t").set_index("participant_id")["logit"]
+    assert served[tested.index].to_numpy() == pytest.approx(tested.to_numpy(), abs=1e-4)
+    record = json.loads((folder / "models" / "model.json").read_text())
+    record["config"]["precision"] = "float32"
+    (folder / "models" / "model.json").write_text(json.dumps(record))
+    infer(output, derivatives, folder / "inference", checkpoint=str(folder / "models" / "model.pt"))
+    other = pd.read_csv(folder / "inference" / "predictions.tsv", sep="\t").set_index("participant_id")["logit"]
+    assert np.abs(other[tested.index] - tested).max() > 1e-3
+
+
+def test_the_preparation_is_one_config_with_two_ways_to_call_it(derivatives: Path, store: Path, tmp_path: Path):
+    run("prepare", dataset_dir=str(derivatives), output_dir=str(tmp_path / "store"), pictures=False)
+    assert (tmp_path / "store" / "manifest.json").read_bytes() == (store / "manifest.json").read_bytes()
+    with pytest.raises(RuntimeError) as caught:
+        run("prepare", dataset_dir=str(derivatives), output_dir=str(tmp_path / "store"), new_tr=0)
+    assert sentence(caught.value) == "the prepared TR must be 0.1 to 20.0 seconds, not 0"
+
+
 def test_verify_net_in_out():
     verify_net_in_out(
         net_id="network_def",

@@ -14,6 +14,7 @@ from ignite.engine import Engine
 
 from bundle.data.batches import PrepareBatch, keep_items
 from bundle.training.handlers import DataWaiting
+from bundle.training.reports import training_reports
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -64,7 +65,8 @@ def test_the_share_of_waiting_is_logged_per_epoch(caplog, monkeypatch):
 @pytest.mark.parametrize("name", ["pretrain", "train"])
 def test_training_counts_its_waiting_apart_from_validation(name):
     config = json.loads((CONFIGS / f"{name}.json").read_text())
-    assert "bundle.training.handlers.DataWaiting" in [report["_target_"] for report in config["train"]["reports"]]
+    assert any(isinstance(report, DataWaiting) for report in training_reports(name, None))
+    assert config["train"]["reports"]["_target_"] == "bundle.training.reports.training_reports"
     assert config["train"]["trainer"]["train_handlers"] == "$@train#reports + @train#handlers"  # validation comes after
     assert "monai.handlers.ValidationHandler" in [handler["_target_"] for handler in config["train"]["handlers"]]
     assert config["loader"]["pin_memory"] == "$@device.type == 'cuda'"

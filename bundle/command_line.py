@@ -67,7 +67,7 @@ def _top(name: str) -> str:
 
 
 def _one_sentence(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the `InputError` that MONAI has wrapped; all else as ever."""
+    """Print the `InputError` that MONAI has wrapped; anything else as Python prints it."""
     cause = input_error_in(error)
     if cause is None:
         sys.__excepthook__(kind, error, trace)

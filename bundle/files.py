@@ -28,7 +28,7 @@ class WriteError(InputError):
 
 
 def slug(name: str) -> str:
-    """A name with ``_`` for each character that not every file system keeps; two names may become the same."""
+    """A name with `_` for each character that not every file system keeps; two names may become the same."""
     return re.sub(r"[^A-Za-z0-9+-]", "_", name)
 
 
@@ -150,7 +150,7 @@ def is_alive(pid: int) -> bool:
 
 
 def config_file(name: str) -> Path:
-    """Path of a config of this bundle (``"pretrain"``, ``"masks/limbic"``) or of a JSON file elsewhere.
+    """Path of a config of this bundle (`"pretrain"`, `"masks/limbic"`) or of a JSON file elsewhere.
 
     Raises:
         InputError: there is no such file.

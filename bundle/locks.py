@@ -13,10 +13,10 @@ from bundle.errors import InputError
 def locked(path: Path, patience_s: float = 5.0) -> Iterator[int]:
     """Hold an exclusive lock on a file, made if absent; give its file descriptor.
 
-    The lock is ``flock``'s: it ends with the processes that hold the descriptor, however they end, so that none is ever
+    The lock is `flock`'s: it ends with the processes that hold the descriptor, however they end, so that none is ever
     left behind. A process that the descriptor is passed to holds the lock too, even if it outlives the one that took
     it. It keeps out the threads and processes of this machine. It keeps out those of other machines where the file
-    system carries locks between them, as NFS on Linux does unless mounted with ``nolock`` or ``local_lock``.
+    system carries locks between them, as NFS on Linux does unless mounted with `nolock` or `local_lock`.
 
     Args:
         path: the file; it stays, empty, since deleting it would free the name while another waits for it.

@@ -37,12 +37,12 @@ def run_config(
     lock: int | None = None,
     directory: str | Path | None = None,
 ) -> None:
-    """Run ``python -m monai.bundle run RUN_ID`` on some configs, of which later ones win.
+    """Run `python -m monai.bundle run RUN_ID` on some configs, of which later ones win.
 
     On Linux the process ends with the one that called this.
 
     Args:
-        run_id: the entry to run: ``run``, or ``pretrain`` of pretrain.json.
+        run_id: the entry to run: `run`, or `pretrain` of pretrain.json.
         configs: names or paths, as for `config_file`.
         overrides: config id to value, as on the command line.
         log: append what the process writes to this file, instead of showing it.

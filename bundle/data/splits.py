@@ -26,20 +26,20 @@ def make_splits(
 ) -> dict:
     """Split participants, stratified by site and diagnosis.
 
-    The participants are dealt into ``folds`` equal folds by scikit-learn's ``StratifiedKFold``; fold number
-    ``fold`` tests, the next one validates and the others train: 10 folds give 8:1:1. Calling this with every
-    ``fold`` gives cross-validation in which each participant is tested once.
+    The participants are dealt into `folds` equal folds by scikit-learn's `StratifiedKFold`; fold number
+    `fold` tests, the next one validates and the others train: 10 folds give 8:1:1. Calling this with every
+    `fold` gives cross-validation in which each participant is tested once.
 
     Args:
-        runs: rows with ``participant_id``, ``site`` and ``diagnosis`` (as in a store's manifest); several
+        runs: rows with `participant_id`, `site` and `diagnosis` (as in a store's manifest); several
             rows of one participant must agree.
         folds: number of folds, 3 or more.
-        fold: which fold tests, 0 to ``folds`` - 1; ignored when ``test_site`` is given.
+        fold: which fold tests, 0 to `folds` - 1; ignored when `test_site` is given.
         seed: seed of the shuffle.
         test_site: leave this whole site out for testing; one fold of the others validates.
 
     Returns:
-        ``{"seed", "folds", "fold", "test_site", "sets": {"train", "validation", "test"}, "sha256"}``; the sets
+        `{"seed", "folds", "fold", "test_site", "sets": {"train", "validation", "test"}, "sha256"}`; the sets
         are sorted lists of participant identifiers.
 
     Raises:
@@ -78,16 +78,16 @@ def make_all_splits(runs: Iterable[dict], folds: int = 10, seed: int = 0, by_sit
     """Make every split of a cross-validation, in which each participant is tested once.
 
     Args:
-        runs: as for ``make_splits``.
+        runs: as for `make_splits`.
         folds: number of folds.
         seed: seed of the shuffle, the same for all.
         by_site: leave each site out in turn, instead of each fold.
 
     Returns:
-        Splits (see ``make_splits``) by name, ``fold-0`` ... or ``site-<name>`` ....
+        Splits (see `make_splits`) by name, `fold-0` ... or `site-<name>` ....
 
     Raises:
-        InputError: as ``make_splits``, or only one site to leave out, or a site that cannot be a file's name.
+        InputError: as `make_splits`, or only one site to leave out, or a site that cannot be a file's name.
     """
     rows = list(runs)
     if not by_site:
@@ -103,7 +103,7 @@ def make_all_splits(runs: Iterable[dict], folds: int = 10, seed: int = 0, by_sit
 def save_all_splits(
     runs: Iterable[dict], folder: str | Path, folds: int = 10, seed: int = 0, by_site: bool = False
 ) -> list[dict]:
-    """Write every split of a cross-validation as FOLDER/<name>.json, and return their counts, a ``file`` per row."""
+    """Write every split of a cross-validation as FOLDER/<name>.json, and return their counts, a `file` per row."""
     rows = list(runs)
     made = make_all_splits(rows, folds, seed, by_site)
     for name, splits in made.items():
@@ -206,7 +206,7 @@ def check_participants(splits: dict, participants: Iterable[str], path: str | Pa
 
 
 def count_table(splits: dict, runs: Iterable[dict]) -> list[dict]:
-    """Count participants per set, site and diagnosis: rows of ``set, site, diagnosis, participants``."""
+    """Count participants per set, site and diagnosis: rows of `set, site, diagnosis, participants`."""
     strata = participant_strata(runs)
     rows: dict[tuple[str, str, str], int] = {}
     for name in SETS:

@@ -36,7 +36,7 @@ OTHER_MASK = (
 
 
 def remove_earlier(output_dir: str | Path) -> None:
-    """Remove the predictions of an earlier run, so that none is taken for this run's where it ends early."""
+    """Remove the predictions of an earlier call, so that none is taken for this one's where it ends early."""
     for name in ("predictions.tsv", "predictions.json"):
         Path(output_dir, name).unlink(missing_ok=True)
 
@@ -69,14 +69,14 @@ def prepared_clips(
 class Predictions:
     """Evaluator's handler: average the logits of each participant's clips, and write them.
 
-    ``predictions.tsv`` has a row per participant (see `COLUMNS`). ``predictions.json`` says beside it what the columns
+    `predictions.tsv` has a row per participant (see `COLUMNS`). `predictions.json` says beside it what the columns
     are, which runs could not be used or are doubtful, and why, and what the model and the software are, with the
     model's hash.
 
     Args:
         output_dir: folder of both files.
         store: the store that `prepared_clips` filled; its summary names the runs that failed.
-        model: what the released model was made with, its ``model.json``.
+        model: what the released model was made with, its `model.json`.
     """
 
     def __init__(self, output_dir: str | Path, store: str | Path, model: Mapping[str, Any]) -> None:

@@ -123,7 +123,7 @@ def convert_file(published: str | Path, checkpoint: str | Path) -> dict[str, Any
     participants those weights have seen.
 
     Returns:
-        ``{"network", "arguments", "mapped", "missing", "left_over"}``, fit for JSON.
+        `{"network", "arguments", "mapped", "missing", "left_over"}`, fit for JSON.
 
     Raises:
         InputError: the file cannot be read, converted or written.

@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 def release(checkpoint: str | Path, folder: str | Path) -> Path:
-    """Write the network of a checkpoint as ``model.pt``, a flat state dict, with its facts in ``model.json``.
+    """Write the network of a checkpoint as `model.pt`, a flat state dict, with its facts in `model.json`.
 
-    This is the form that the model zoo and ``monai.bundle.load`` expect. The facts carry the hash of the weights,
+    This is the form that the model zoo and `monai.bundle.load` expect. The facts carry the hash of the weights,
     so that the two files cannot be mixed up.
 
     Returns:
-        The path of ``model.pt``.
+        The path of `model.pt`.
     """
     saved = load_checkpoint(checkpoint)
     facts = saved_facts(saved, checkpoint)
@@ -36,7 +36,7 @@ class ReleasedModel:
     """A model that `release` wrote, and what is known of how it was made: it is served as it was trained.
 
     Args:
-        path: ``model.pt``; ``model.json`` lies beside it.
+        path: `model.pt`; `model.json` lies beside it.
 
     Attributes:
         record: what it was made with.

@@ -5,10 +5,10 @@ mean, so that a region is taken out by removing its signal over time, while its 
 voxel at its mean over all clips and frames, so that a region becomes that of the average subject: for effects that a
 single frame shows. An attribution is in logits: positive moves the subject towards "case".
 
-Measures over subjects: ``size``, the mean absolute attribution, which is above 0 for any network;
-and ``separation``, cases' mean minus controls' mean: the part of the difference between the groups' logits that comes
+Measures over subjects: `size`, the mean absolute attribution, which is above 0 for any network;
+and `separation`, cases' mean minus controls' mean: the part of the difference between the groups' logits that comes
 from the region. Where a network has learnt nothing that holds for new subjects, separation is 0 but for chance.
-``separation_per_1000_voxels`` is the same for regions of 4 to 29 % of the brain: a large region can separate more only
+`separation_per_1000_voxels` is the same for regions of 4 to 29 % of the brain: a large region can separate more only
 because it is large. (Brighter regions also make all others darker, since runs are z-scored over the whole brain.)
 """
 
@@ -44,17 +44,17 @@ BASELINES = ("temporal_mean", "cohort_mean")
 def ablation(
     logit: Callable[[Tensor], Tensor], image: Tensor, without: Tensor, index: NDArray[np.int64], count: int
 ) -> NDArray[np.float64]:
-    """Change of the logit when a unit is taken out (Captum's ``FeatureAblation``).
+    """Change of the logit when a unit is taken out (Captum's `FeatureAblation`).
 
     Args:
-        logit: maps images ``(B, 1, X, Y, Z, T)`` to ``(B,)``.
-        image: one clip, ``(1, 1, X, Y, Z, T)``.
+        logit: maps images `(B, 1, X, Y, Z, T)` to `(B,)`.
+        image: one clip, `(1, 1, X, Y, Z, T)`.
         without: its baseline, of the same shape.
-        index: unit of each voxel, ``(X, Y, Z)``, 1 to n; 0 for none, which is ablated as a unit of its own.
+        index: unit of each voxel, `(X, Y, Z)`, 1 to n; 0 for none, which is ablated as a unit of its own.
         count: the number of units, n.
 
     Returns:
-        ``(n,)``: logit of the clip minus the logit with the unit as in the baseline; 0 for a unit without a voxel.
+        `(n,)`: logit of the clip minus the logit with the unit as in the baseline; 0 for a unit without a voxel.
     """
     units_of = torch.from_numpy(index).to(image.device)
     with torch.no_grad():
@@ -76,15 +76,15 @@ def gradients(
     """Integrated gradients (Captum), summed over each unit's voxels and frames.
 
     Args:
-        logit: maps images ``(B, 1, X, Y, Z, T)`` to ``(B,)``.
-        image: one clip, ``(1, 1, X, Y, Z, T)``.
+        logit: maps images `(B, 1, X, Y, Z, T)` to `(B,)`.
+        image: one clip, `(1, 1, X, Y, Z, T)`.
         without: its baseline, of the same shape.
         indices: arrays as in `ablation`.
         counts: the number of units of each.
         steps: points on the path between the baseline and the clip.
 
     Returns:
-        ``(n,)`` for each of ``indices``.
+        `(n,)` for each of `indices`.
     """
     found = IntegratedGradients(logit).attribute(image, baselines=without, n_steps=steps, internal_batch_size=1)
     voxels = found[0, 0].sum(-1).double().flatten().cpu().numpy()
@@ -93,12 +93,12 @@ def gradients(
 
 
 def temporal_mean(image: Tensor) -> Tensor:
-    """The clip ``(..., T)`` with every voxel at its own mean over time."""
+    """The clip `(..., T)` with every voxel at its own mean over time."""
     return image.mean(-1, keepdim=True).expand_as(image)
 
 
 def cohort_mean(images: Iterable[Tensor]) -> Tensor:
-    """Mean of clips ``(..., T)`` over clips and frames, ``(..., 1)``."""
+    """Mean of clips `(..., T)` over clips and frames, `(..., 1)`."""
     total, count = None, 0
     for image in images:
         mean = image.double().mean(-1, keepdim=True)
@@ -111,14 +111,14 @@ def summarise(subjects: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame
     """Size and separation of each unit with bootstrap intervals over subjects.
 
     Args:
-        subjects: rows of ``participant_id``, ``label`` (1 case, 0 control), ``method``, ``level``, ``name``,
-            ``voxels`` (how many the unit has), ``value``.
+        subjects: rows of `participant_id`, `label` (1 case, 0 control), `method`, `level`, `name`,
+            `voxels` (how many the unit has), `value`.
         resamples: bootstrap resamples.
         seed: of the bootstrap.
 
     Returns:
-        Rows of ``method``, ``level``, ``name``, ``voxels``, ``measure`` (size, separation,
-        separation_per_1000_voxels), ``value``, ``low``, ``high``.
+        Rows of `method`, `level`, `name`, `voxels`, `measure` (size, separation,
+        separation_per_1000_voxels), `value`, `low`, `high`.
     """
     rows = []
     for (method, level), part in subjects.groupby(["method", "level"], sort=False):
@@ -147,7 +147,7 @@ def within_folds(subjects: pd.DataFrame) -> pd.DataFrame:
     between folds, a difference between folds would pass for one between cases and controls.
 
     Args:
-        subjects: rows as for `summarise`, with ``fold`` and ``seed``.
+        subjects: rows as for `summarise`, with `fold` and `seed`.
 
     Returns:
         The rows with their values changed, without those of folds of one class.
@@ -182,13 +182,13 @@ def attribute(
 ) -> pd.DataFrame:
     """Attribute a classifier's logits to regions; the same for a frozen and a fine-tuned encoder.
 
-    Writes ``attribution_subjects.csv``, ``attribution.csv`` and, per method, a map in MNI space with pictures.
+    Writes `attribution_subjects.csv`, `attribution.csv` and, per method, a map in MNI space with pictures.
 
     Args:
-        network: maps images to logits ``(B, 1)``, such as a `Classifier`.
+        network: maps images to logits `(B, 1)`, such as a `Classifier`.
         inferer: runs it in the precision that it was trained in.
         clips: dataset of labelled clips as `ReadClipd` gives them.
-        transforms: to ``image`` ``(1, X, Y, Z, T)``, on the device.
+        transforms: to `image` `(1, X, Y, Z, T)`, on the device.
         output_dir: folder of the files.
         levels: ablate each "group" (9 passes per clip) and each "label" (167 passes).
         steps: of the integrated gradients; each is a forward and a backward pass.

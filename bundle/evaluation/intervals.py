@@ -35,7 +35,7 @@ def bootstrap_interval(
 
     Args:
         samples: one or more, subjects along the first axis.
-        statistic: of ``(*samples, axis)``, as for `scipy.stats.bootstrap`.
+        statistic: of `(*samples, axis)`, as for `scipy.stats.bootstrap`.
         resamples: number of bootstrap resamples.
         seed: of the resampling.
         paired: the samples are of the same subjects, and are resampled together; else each is resampled by itself.
@@ -77,7 +77,7 @@ def value_and_interval(
     """A statistic of subjects (first axis of each sample) with its 95 % interval, see `bundle.evaluation.intervals`.
 
     Returns:
-        ``{"value", "low", "high"}``, each of the shape of one subject's row; NaN limits with fewer than two subjects,
+        `{"value", "low", "high"}`, each of the shape of one subject's row; NaN limits with fewer than two subjects,
         all NaN where a sample has none.
     """
     if min(len(sample) for sample in samples) == 0:

@@ -17,12 +17,12 @@ from bundle.anatomy.parcels import label_map
 
 
 def draw(table: pd.DataFrame, atlas: Atlas, stem: Path, title: str) -> None:
-    """Write ``<stem>.nii.gz`` and ``<stem>_brain.png`` of the labels, and ``<stem>_bars.png`` of the groups.
+    """Write `<stem>.nii.gz` and `<stem>_brain.png` of the labels, and `<stem>_bars.png` of the groups.
 
     Nothing is written of labels or groups that have no value at all, as where subjects of one class have no separation.
 
     Args:
-        table: rows with ``level`` ("group" or "label"), ``name``, ``value``, ``low``, ``high``.
+        table: rows with `level` ("group" or "label"), `name`, `value`, `low`, `high`.
         atlas: where the labels are.
         stem: path without an ending.
         title: what the values are, with their unit.

@@ -36,11 +36,11 @@ def voxel_sums(prediction: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Squared error, and residual and total temporal sum of squares around the clip's mean, of each voxel.
 
     Args:
-        prediction: ``(X, Y, Z, T)``.
+        prediction: `(X, Y, Z, T)`.
         image: the same shape.
 
     Returns:
-        Three tensors ``(X, Y, Z)``, float32, summed over T.
+        Three tensors `(X, Y, Z)`, float32, summed over T.
     """
     y = image - image.mean(-1, keepdim=True)
     p = prediction - prediction.mean(-1, keepdim=True)
@@ -58,15 +58,15 @@ def label_sums(
     """Hide each unit of a clip in turn, and sum its errors label by label, over voxels inside the brain.
 
     Args:
-        predict: the network: image ``(1, 1, X, Y, Z, T)`` and keyword mask ``(1, 1, X, Y, Z)`` to the reconstruction.
-        image: ``(1, 1, X, Y, Z, T)``.
-        brain: bool ``(X, Y, Z)``.
+        predict: the network: image `(1, 1, X, Y, Z, T)` and keyword mask `(1, 1, X, Y, Z)` to the reconstruction.
+        image: `(1, 1, X, Y, Z, T)`.
+        brain: bool `(X, Y, Z)`.
         labels: position of each voxel's label, 1 to n, 0 for none.
         hidden: the unit, 1 to m, with which each voxel is hidden; 0 for none.
         count: the number of labels, n.
 
     Returns:
-        ``(n, 4)``: squared error, number of values, residual and total temporal sum of squares.
+        `(n, 4)`: squared error, number of values, residual and total temporal sum of squares.
     """
     sums = np.zeros((count + 1, 4))
     for unit in range(1, int(hidden.max()) + 1):
@@ -85,13 +85,13 @@ def summarise(subjects: pd.DataFrame, atlas: Atlas, resamples: int, seed: int) -
     """MSE and temporal R² of each label, each group and the whole, with bootstrap intervals over subjects.
 
     Args:
-        subjects: rows of ``participant_id``, ``name`` (label) and `SUMS`.
+        subjects: rows of `participant_id`, `name` (label) and `SUMS`.
         atlas: whose labels they are.
         resamples: bootstrap resamples.
         seed: of the bootstrap.
 
     Returns:
-        Rows of ``level`` (label, group, all), ``name``, ``measure`` (mse, temporal_r2), ``value``, ``low``, ``high``.
+        Rows of `level` (label, group, all), `name`, `measure` (mse, temporal_r2), `value`, `low`, `high`.
     """
     names = list(parcels_of(atlas, "label"))
     wide = subjects.pivot_table(index="participant_id", columns="name", values=list(SUMS), aggfunc="sum")
@@ -139,14 +139,14 @@ def evaluate_reconstruction(
 ) -> dict[str, float]:
     """Evaluate a pretrained network: with its own strategy's masks, and hiding each region or label in turn.
 
-    Writes ``reconstruction_subjects.csv`` (sums per participant and label), ``reconstruction.csv`` (labels, groups
-    and all, with intervals), ``reconstruction.json`` (the strategy's own scores) and maps of the temporal R².
+    Writes `reconstruction_subjects.csv` (sums per participant and label), `reconstruction.csv` (labels, groups
+    and all, with intervals), `reconstruction.json` (the strategy's own scores) and maps of the temporal R².
 
     Args:
         network: a `MaskedAutoencoder`.
         inferer: runs it in the precision that it was trained in.
         clips: dataset of clips as `ReadClipd` gives them.
-        transforms: to ``image`` ``(T, X, Y, Z)`` and ``brain`` (`ScatterClipd`), on the device.
+        transforms: to `image` `(T, X, Y, Z)` and `brain` (`ScatterClipd`), on the device.
         mask: the strategy's mask transform, fixed.
         output_dir: folder of the files.
         hide_by: hide a whole "group" at a time (8 passes per clip), or a "label" (166 passes).
@@ -155,7 +155,7 @@ def evaluate_reconstruction(
         seed: of the bootstrap.
 
     Returns:
-        ``masked_mse`` and ``temporal_r2`` with the strategy's own masks.
+        `masked_mse` and `temporal_r2` with the strategy's own masks.
     """
     network.eval()
     loaded, prepare = load_atlas(atlas), Compose(transforms)

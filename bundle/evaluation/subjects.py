@@ -32,7 +32,7 @@ def score_table(
         seed: seed of the resampling.
 
     Returns:
-        For each score ``{"value", "low", "high"}``, and ``majority_accuracy``, what always answering the more
+        For each score `{"value", "low", "high"}`, and `majority_accuracy`, what always answering the more
         frequent class would score.
     """
     cases, controls = logits[labels == 1], logits[labels == 0]
@@ -72,7 +72,7 @@ def with_intervals(
         seed: seed of the resampling.
 
     Returns:
-        ``{"value", "low", "high"}`` of each; the limits are NaN where a class has fewer than two subjects.
+        `{"value", "low", "high"}` of each; the limits are NaN where a class has fewer than two subjects.
     """
     n, m = above.shape
     cases, controls = correct[labels == 1], correct[labels == 0]
@@ -107,11 +107,11 @@ def evaluate(
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Fix the threshold on the validation set, test once, and write ``subjects.tsv`` and ``scores.json``.
+    """Fix the threshold on the validation set, test once, and write `subjects.tsv` and `scores.json`.
 
     Args:
-        validator: evaluator over the validation set, with ``validation_scores`` attached.
-        tester: evaluator over the test set, with ``test_scores`` attached.
+        validator: evaluator over the validation set, with `validation_scores` attached.
+        tester: evaluator over the test set, with `test_scores` attached.
         validation_scores: subject scores of the validation set.
         test_scores: subject scores of the test set.
         output_dir: folder of the two files.
@@ -136,11 +136,11 @@ def write_test_scores(
     seed: int = 0,
     threshold: float | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Score the test subjects at the validation set's threshold; write ``subjects.tsv`` and ``scores.json``.
+    """Score the test subjects at the validation set's threshold; write `subjects.tsv` and `scores.json`.
 
     Args:
-        validation: ``label`` and ``logit`` of each validation subject.
-        subjects: ``participant_id``, ``label`` and ``logit`` of each test subject.
+        validation: `label` and `logit` of each validation subject.
+        subjects: `participant_id`, `label` and `logit` of each test subject.
         output_dir: folder of the two files.
         resamples: bootstrap resamples.
         seed: seed of the bootstrap.

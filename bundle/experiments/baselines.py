@@ -77,7 +77,7 @@ def region_series(store: str | Path, run: dict, atlas: Atlas) -> pd.DataFrame:
 def participant_series(store: str | Path, runs: Sequence[dict], cache: Path, atlas: Atlas) -> dict[str, NDArray]:
     """Region series of each participant, runs one after another, (T, labels), for labels that all participants have.
 
-    The series of each run are kept in ``cache`` and read from there while the run is the same.
+    The series of each run are kept in `cache` and read from there while the run is the same.
     """
     tables: dict[str, list[pd.DataFrame]] = {}
     for run in runs:
@@ -124,7 +124,7 @@ def table_classifier(columns: pd.DataFrame) -> BaseEstimator:
 
 
 def participants_table(runs: Sequence[dict]) -> pd.DataFrame:
-    """One row per participant: ``site``, ``diagnosis`` and the other columns, with lower-case names."""
+    """One row per participant: `site`, `diagnosis` and the other columns, with lower-case names."""
     rows = {
         run["participant_id"]: {"site": str(run["site"]), "diagnosis": run["diagnosis"]}
         | {str(name).lower(): value for name, value in run["participant"].items()}
@@ -211,7 +211,7 @@ def run_baseline(
         name: one of `BASELINES`.
         store: the prepared store.
         splits_file: the split file.
-        folder: where ``subjects.tsv``, ``scores.json`` and ``baseline.json`` go.
+        folder: where `subjects.tsv`, `scores.json` and `baseline.json` go.
         cache: folder of the region series, which all folds share.
         resamples: bootstrap resamples.
         seed: of the inner folds and of the bootstrap.

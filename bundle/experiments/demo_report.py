@@ -41,10 +41,10 @@ _BLUE, _ORANGE, _GREY = "#1f5f8b", "#d1601c", "#8a96a3"
 
 
 def write_demo_report(folder: str | Path, regions: str | Sequence[str] = "limbic") -> Path:
-    """Write ``report.html`` in the demo's folder, from what the demo has left there.
+    """Write `report.html` in the demo's folder, from what the demo has left there.
 
     Args:
-        folder: holds ``derivatives``, ``store``, ``pretrain`` and ``train``, the last with its ``evaluation``.
+        folder: holds `derivatives`, `store`, `pretrain` and `train`, the last with its `evaluation`.
         regions: what was hidden in pretraining.
 
     Returns:

@@ -36,7 +36,7 @@ Trials = list[tuple[Path, dict]]
 
 
 def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, reference: str = REFERENCE) -> Path:
-    """Write ``report.html``, ``report.md``, ``report/*.png``, ``table.csv`` and ``regions.csv`` in a results folder.
+    """Write `report.html`, `report.md`, `report/*.png`, `table.csv` and `regions.csv` in a results folder.
 
     Args:
         results: folder of a sweep's results; nothing else is read.
@@ -239,7 +239,7 @@ def attribution_figures(
     """Pictures of each strategy's attribution over the subjects of all its trials, see `attribution.within_folds`.
 
     Returns:
-        ``strategy``, ``method`` and ``pictures`` (file names) of each: the regions' separation per 1000 voxels.
+        `strategy`, `method` and `pictures` (file names) of each: the regions' separation per 1000 voxels.
     """
     found = []
     tables = _per_strategy(trials, Path("train", "attribution", "attribution_subjects.csv"))

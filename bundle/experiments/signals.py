@@ -18,7 +18,7 @@ LABEL_SHARE = 0.7  # share of a label's variance that is its group's
 
 
 def band_frequencies(frames: int, tr: float) -> np.ndarray:
-    """Return the Fourier coefficients of a run in the band: k of ``k / (frames * tr)`` Hz, below Nyquist.
+    """Return the Fourier coefficients of a run in the band: k of `k / (frames * tr)` Hz, below Nyquist.
 
     Raises:
         InputError: fewer than three do.
@@ -81,7 +81,7 @@ def label_signals(latents: pd.DataFrame, numbers: np.ndarray, tr: float, rng: np
     """Draw the signal of each AAL3 label around the latent of its group.
 
     Args:
-        latents: (frames, groups), from ``group_latents``.
+        latents: (frames, groups), from `group_latents`.
         numbers: (n,) AAL3 label numbers.
         tr: seconds.
         rng: the source of randomness.

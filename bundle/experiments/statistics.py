@@ -57,7 +57,7 @@ class Outcomes:
 
 
 def outcomes(rows: pd.DataFrame) -> Outcomes:
-    """Arrange rows of ``participant_id``, ``label``, ``fold``, ``seed`` and ``margin`` of one strategy.
+    """Arrange rows of `participant_id`, `label`, `fold`, `seed` and `margin` of one strategy.
 
     Seeds that lack a participant whom another seed has (an unfinished trial) are left out with a warning.
     """
@@ -74,10 +74,10 @@ def outcomes(rows: pd.DataFrame) -> Outcomes:
 
 
 def pooled_scores(tested: Outcomes, resamples: int = 2000, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Each metric with its 95 % interval over subjects (see `with_intervals`); ``seed_sd`` over seeds.
+    """Each metric with its 95 % interval over subjects (see `with_intervals`); `seed_sd` over seeds.
 
     Returns:
-        ``{metric: {"value", "low", "high", "seed_sd"}}``, NaN where there are too few subjects.
+        `{metric: {"value", "low", "high", "seed_sd"}}`, NaN where there are too few subjects.
     """
     cases, controls = np.flatnonzero(tested.labels == 1), np.flatnonzero(tested.labels == 0)
     above = _concordance(tested.margins[cases], tested.margins[controls])
@@ -110,7 +110,7 @@ def _same_fold(tested: Outcomes, cases: NDArray, controls: NDArray) -> NDArray[n
 def _concordance(cases: NDArray, controls: NDArray, across: bool = False) -> NDArray[np.float64]:
     """Share of seeds in which a case scores above a control (ties count half): (cases, s), (controls, s) to a table.
 
-    With ``across``, the two come from different strategies: every seed of one meets every seed of the other.
+    With `across`, the two come from different strategies: every seed of one meets every seed of the other.
     """
     pairs = [(a, b) for a in cases.T for b in controls.T] if across else list(zip(cases.T, controls.T, strict=True))
     total = np.zeros((len(cases), len(controls)))
@@ -207,8 +207,8 @@ def compare(
     The correction is over all strategies compared, for each metric. A comparison is over the subjects that both have.
 
     Returns:
-        Columns ``strategy``, ``subjects``, ``cases``, ``seeds``; for each metric ``M`` the columns ``M``, ``M_low``,
-        ``M_high``, ``M_seed_sd``; and for AUROC and accuracy ``M_difference``, ``M_p``, ``M_p_holm`` (NaN for the
+        Columns `strategy`, `subjects`, `cases`, `seeds`; for each metric `M` the columns `M`, `M_low`,
+        `M_high`, `M_seed_sd`; and for AUROC and accuracy `M_difference`, `M_p`, `M_p_holm` (NaN for the
         reference, and for all where it was not run).
     """
     rows = []
@@ -264,7 +264,7 @@ def read_outcomes(results: str | Path) -> dict[str, Outcomes]:
 
 
 def finished_trials(results: str | Path) -> list[tuple[Path, dict]]:
-    """Folder and ``trial.json`` of the finished trials that belong to the results' plan, in the plan's order."""
+    """Folder and `trial.json` of the finished trials that belong to the results' plan, in the plan's order."""
     results = Path(results)
     try:
         plan = json.loads((results / "sweep.json").read_text())["trials"]

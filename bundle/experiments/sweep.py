@@ -67,7 +67,7 @@ class Sweep:
 
 
 def read_sweep(path: str | Path, **changes: Any) -> Sweep:
-    """Read a sweep's JSON file; ``changes`` that are not None replace its entries.
+    """Read a sweep's JSON file; `changes` that are not None replace its entries.
 
     Raises:
         InputError: it cannot be read, lacks an entry, or holds an unknown entry, strategy, baseline or step.
@@ -281,7 +281,7 @@ def _executor(workers: int, scheduler: str | None) -> Iterator[Executor]:
 
 
 def describe_data(store: str | Path) -> dict[str, Any]:
-    """Summary of a store for the report; ``synthetic`` is None where the source files are gone."""
+    """Summary of a store for the report; `synthetic` is None where the source files are gone."""
     manifest = read_manifest(store)
     runs = manifest["runs"]
     table = pd.DataFrame([{key: run[key] for key in ("participant_id", "site", "diagnosis")} for run in runs])

@@ -1,33 +1,33 @@
 """Write a synthetic multi-site resting-state cohort in which a group difference of known size is planted.
 
 The folder looks like fMRIPrep derivatives in MNI space, so that the whole walk of the data can be tried,
-tested and shown without any real subject. What is planted is written beside it, in ``truth.json``.
+tested and shown without any real subject. What is planted is written beside it, in `truth.json`.
 
 The signal model of one subject, from the outside in:
 
-- voxel: ``mean * (1 + 1 % * signal of its AAL3 label + 1 % * white noise + drift)``, 0 outside the brain;
-- label: ``sqrt(0.7) * latent of its group + sqrt(0.3) * its own process``;
-- group (the seven regions, and "other" for the insula): ``sqrt(0.2) * a process shared by all +
-  sqrt(0.8) * its own``; then the cerebellum's latent is turned towards or away from the limbic one, until
-  their correlation over the run is exactly ``tanh(coupling_z)``.
+- voxel: `mean * (1 + 1 % * signal of its AAL3 label + 1 % * white noise + drift)`, 0 outside the brain;
+- label: `sqrt(0.7) * latent of its group + sqrt(0.3) * its own process`;
+- group (the seven regions, and "other" for the insula): `sqrt(0.2) * a process shared by all +
+  sqrt(0.8) * its own`; then the cerebellum's latent is turned towards or away from the limbic one, until
+  their correlation over the run is exactly `tanh(coupling_z)`.
 
 Every process is Gaussian and limited to 0.01–0.1 Hz. On average over runs, two labels hence correlate by
-about 0.7 within a group, 0.14 between groups and ``0.7 * tanh(coupling_z)`` between limbic and cerebellum.
+about 0.7 within a group, 0.14 between groups and `0.7 * tanh(coupling_z)` between limbic and cerebellum.
 
-The planted effect: ``coupling_z`` (Fisher z) is normal with SD 0.3 in both groups and mean 0.2 in controls;
-the mean of the cases is larger by ``effect * 0.3``. So ``effect`` is Cohen's d of the subjects' coupling, and
-even a perfect reading of the coupling separates the groups with an AUROC of only ``Phi(effect / sqrt(2))``.
+The planted effect: `coupling_z` (Fisher z) is normal with SD 0.3 in both groups and mean 0.2 in controls;
+the mean of the cases is larger by `effect * 0.3`. So `effect` is Cohen's d of the subjects' coupling, and
+even a perfect reading of the coupling separates the groups with an AUROC of only `Phi(effect / sqrt(2))`.
 With an effect of 0 the groups are exchangeable: no number of an image depends on the diagnosis.
 
-With ``effect_on="intensity"`` the groups do not differ in coupling. Instead the voxels of the two regions are
-brighter by ``intensity``, a fraction of their mean that is normal with SD 0.02 in both groups, has mean 0 in
-controls and ``effect * 0.02`` in cases. This is a static effect: a single frame shows it, while the coupling shows
+With `effect_on="intensity"` the groups do not differ in coupling. Instead the voxels of the two regions are
+brighter by `intensity`, a fraction of their mean that is normal with SD 0.02 in both groups, has mean 0 in
+controls and `effect * 0.02` in cases. This is a static effect: a single frame shows it, while the coupling shows
 in how two regions vary together only.
 
-A run of S seconds has only about ``0.09 * S`` frequencies in the band (6 at 60 s), so that a *sample*
+A run of S seconds has only about `0.09 * S` frequencies in the band (6 at 60 s), so that a *sample*
 correlation is noisy: this is why the coupling is planted in the sample and not only in the distribution. The
 mean signals of the two regions still show it with some error, from the labels' own processes: at 60 s they
-correlate with the planted ``coupling_z`` by about 0.93 over subjects.
+correlate with the planted `coupling_z` by about 0.93 over subjects.
 """
 
 import json
@@ -69,7 +69,7 @@ class Site:
     """One scanner site.
 
     Attributes:
-        name: written to the column ``site``.
+        name: written to the column `site`.
         tr: repetition time in seconds, 0.1 to 20.
         voxel_mm: edge of the cubic voxels in mm, 1 to 8.
         axcodes: orientation in which the voxels are stored, e.g. "LAS".
@@ -112,7 +112,7 @@ SITES = (
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What all subjects of a site share; v counts the voxels of the brain, in C order of ``mask``."""
+    """What all subjects of a site share; v counts the voxels of the brain, in C order of `mask`."""
 
     affine: np.ndarray  # (4, 4), RAS, voxel to MNI mm
     mask: np.ndarray  # (X, Y, Z) bool, the brain
@@ -132,8 +132,8 @@ def make_cohort(
 ) -> Path:
     """Write the cohort; the folder appears complete or not at all.
 
-    Beside the images it holds ``participants.tsv`` (participant_id, site, diagnosis control/adhd, age in
-    years, sex), ``truth.json`` and, per subject, the planted latents, ``*_desc-latent_timeseries.tsv``.
+    Beside the images it holds `participants.tsv` (participant_id, site, diagnosis control/adhd, age in
+    years, sex), `truth.json` and, per subject, the planted latents, `*_desc-latent_timeseries.tsv`.
 
     Args:
         folder: where to write; absent, empty, or the same cohort written before, which is then left as it is.
@@ -230,7 +230,7 @@ def plan_cohort(
 def describe(
     plan: pd.DataFrame, effect: float, seed: int, sites: Sequence[Site], duration_s: float, effect_on: str
 ) -> dict[str, Any]:
-    """Return what ``truth.json`` holds; ``parameters`` alone decide whether two cohorts are the same."""
+    """Return what `truth.json` holds; `parameters` alone decide whether two cohorts are the same."""
     case = plan["diagnosis"] == "adhd"
     planted = plan["coupling_z" if effect_on == "coupling" else "intensity"]
     cases, controls = planted[case], planted[~case]
@@ -304,7 +304,7 @@ def write_tables(folder: Path, plan: pd.DataFrame, truth: dict[str, Any]) -> Non
 def site_anatomy(voxel_mm: float) -> Anatomy:
     """Sample the MNI152 template, its brain mask and AAL3 on a RAS grid over the MNI152 box.
 
-    The T1-weighted template becomes a T2*-like contrast, ``1.5 - T1``: bright fluid, dark white matter.
+    The T1-weighted template becomes a T2*-like contrast, `1.5 - T1`: bright fluid, dark white matter.
 
     Args:
         voxel_mm: edge of the cubic voxels in mm.
@@ -340,7 +340,7 @@ def voxel_signals(
 ) -> np.ndarray:
     """Return the BOLD signal of the brain's voxels, (v, frames) float32, around the anatomy's mean.
 
-    The mean of the coupled regions' voxels is raised by the fraction ``intensity``.
+    The mean of the coupled regions' voxels is raised by the fraction `intensity`.
     """
     numbers = np.unique(anatomy.labels[anatomy.labels > 0])
     signals = label_signals(latents, numbers, tr, rng).astype(np.float32)  # (frames, n)

@@ -1,9 +1,9 @@
 """One trial of a sweep: pretrain, train a classifier, test it once; what is done is never done again.
 
-A trial whose ``trial.json`` says that it is finished, with the hash of everything that shapes it, is never run again.
+A trial whose `trial.json` says that it is finished, with the hash of everything that shapes it, is never run again.
 An unfinished one goes on from its last checkpoint; one with another hash is deleted and made anew.
 
-A trial is locked while it is run (see `bundle.locks.locked`), by the file ``<trial>.lock`` beside its folder: a second
+A trial is locked while it is run (see `bundle.locks.locked`), by the file `<trial>.lock` beside its folder: a second
 process is refused. Its training process holds the lock too, so that a Dask worker that is lost while its training goes
 on keeps others out.
 """
@@ -62,7 +62,7 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Trial:
-    """One strategy (or baseline), seed and fold; ``sha256`` covers everything that shapes its result."""
+    """One strategy (or baseline), seed and fold; `sha256` covers everything that shapes its result."""
 
     strategy: Strategy
     seed: int
@@ -172,7 +172,7 @@ def _gather(folder: Path) -> None:
 
 
 def learning_curves(folder: Path) -> pd.DataFrame:
-    """Scalars that the stages wrote to TensorBoard: ``stage``, ``tag``, ``step``, ``value``, in order."""
+    """Scalars that the stages wrote to TensorBoard: `stage`, `tag`, `step`, `value`, in order."""
     rows = []
     for stage in ("pretrain", "train"):
         if (folder / stage / "tensorboard").is_dir():

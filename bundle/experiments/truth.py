@@ -36,7 +36,7 @@ def truth_test(
 ) -> pd.DataFrame:
     """Run a sweep on cohorts with and without an effect; what is finished is not run again.
 
-    Writes ``truth.csv`` (AUROC of each strategy on each cohort) and ``truth_summary.json``.
+    Writes `truth.csv` (AUROC of each strategy on each cohort) and `truth_summary.json`.
 
     Args:
         folder: where the cohorts and results go.
@@ -50,10 +50,10 @@ def truth_test(
         workers: trials at a time.
 
     Returns:
-        Rows of ``planted``, ``seed``, ``strategy``, ``value``, ``low``, ``high`` of the AUROC.
+        Rows of `planted`, `seed`, `strategy`, `value`, `low`, `high` of the AUROC.
 
     Raises:
-        InputError: ``planted`` names something else, or trials have failed: half a table is no test.
+        InputError: `planted` names something else, or trials have failed: half a table is no test.
     """
     folder = Path(folder)
     unknown = set(planted) - {"nothing", *EFFECTS}

@@ -41,7 +41,7 @@ class CurriculumMaskd(AAL3ROIMaskd):
         table: its label table; None: AAL3's.
         mask_key: key of the mask to add.
         seed: see `fixed`.
-        fixed: the draw depends only on seed, ``run_id`` and ``start``; for validation.
+        fixed: the draw depends only on seed, `run_id` and `start`; for validation.
 
     Raises:
         InputError: an unknown region, or a floor outside 0..1.

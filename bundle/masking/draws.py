@@ -1,7 +1,7 @@
 """Which voxels are hidden: pure functions, true = hidden. Every draw comes from the generator passed in.
 
-Region masks are tubes: one mask ``(X, Y, Z)`` for all frames. A token is a patch of 6 x 6 x 6 voxels of one
-frame; random and window masks are drawn on the grid of tokens ``(x, y, z, t)`` and then spread to voxels.
+Region masks are tubes: one mask `(X, Y, Z)` for all frames. A token is a patch of 6 x 6 x 6 voxels of one
+frame; random and window masks are drawn on the grid of tokens `(x, y, z, t)` and then spread to voxels.
 """
 
 from collections.abc import Sequence
@@ -20,20 +20,20 @@ WINDOW = (4, 4, 4, 4)
 
 
 def region_mask(labels: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
-    """Voxels of ``labels`` ``(X, Y, Z)`` whose label number is among ``wanted``: bool, the same shape."""
+    """Voxels of `labels` `(X, Y, Z)` whose label number is among `wanted`: bool, the same shape."""
     return np.isin(labels, wanted)
 
 
 def part_of_labels(
     labels: np.ndarray, wanted: Sequence[int], fraction: float, rng: np.random.RandomState
 ) -> tuple[int, ...]:
-    """Choose whole labels of a region at random, for a volume as near to ``fraction`` of it as they allow.
+    """Choose whole labels of a region at random, for a volume as near to `fraction` of it as they allow.
 
     The labels are put in random order and the first few kept, at least one: as many as bring the volume
     nearest to the wanted one.
 
     Args:
-        labels: label numbers ``(X, Y, Z)`` of an image.
+        labels: label numbers `(X, Y, Z)` of an image.
         wanted: label numbers of the region; those without a voxel in the image are left out.
         fraction: above 0, at most 1.
         rng: generator of the order.
@@ -51,19 +51,19 @@ def part_of_labels(
 
 
 def blob(candidates: Tensor, voxels: int, affine: np.ndarray, rng: np.random.RandomState) -> Tensor:
-    """Exactly ``voxels`` candidates: those nearest, in mm, to one of them that is drawn at random.
+    """Exactly `voxels` candidates: those nearest, in mm, to one of them that is drawn at random.
 
     Args:
-        candidates: bool ``(X, Y, Z)``, such as a brain or a region.
+        candidates: bool `(X, Y, Z)`, such as a brain or a region.
         voxels: how many to choose; of equally distant ones, the first in C order.
-        affine: ``(4, 4)``, voxel index to mm.
+        affine: `(4, 4)`, voxel index to mm.
         rng: generator of the centre.
 
     Returns:
-        Bool ``(X, Y, Z)``, on the device of ``candidates``.
+        Bool `(X, Y, Z)`, on the device of `candidates`.
 
     Raises:
-        InputError: there are fewer candidates than ``voxels``.
+        InputError: there are fewer candidates than `voxels`.
     """
     index = candidates.nonzero()  # (N, 3)
     if voxels > len(index):
@@ -96,10 +96,10 @@ def random_blocks(
         block: tokens of a block along each axis; must divide the grid.
         ratio: share of the blocks, above 0 and at most 1; the number of hidden blocks is rounded.
         rng: generator of the draw.
-        within: bool ``(x, y, z)`` tokens; only blocks with one of these are drawn, and counted. None: all.
+        within: bool `(x, y, z)` tokens; only blocks with one of these are drawn, and counted. None: all.
 
     Returns:
-        Bool ``(x, y, z, t)``, true = hidden.
+        Bool `(x, y, z, t)`, true = hidden.
 
     Raises:
         InputError: the blocks do not divide the grid, or the ratio of them is less than half a block.
@@ -123,13 +123,13 @@ def random_blocks(
 
 
 def tokens_with(voxels: Tensor, patch: int = PATCH) -> Tensor:
-    """Tokens ``(X/p, Y/p, Z/p)`` that contain a true voxel of a bool image ``(X, Y, Z)``."""
+    """Tokens `(X/p, Y/p, Z/p)` that contain a true voxel of a bool image `(X, Y, Z)`."""
     x, y, z = token_grid(tuple(voxels.shape), patch)
     return voxels.reshape(x, patch, y, patch, z, patch).any(5).any(3).any(1)
 
 
 def to_voxels(tokens: Tensor, patch: int = PATCH) -> Tensor:
-    """Spread tokens ``(x, y, z, ...)`` to voxels ``(x*p, y*p, z*p, ...)``."""
+    """Spread tokens `(x, y, z, ...)` to voxels `(x*p, y*p, z*p, ...)`."""
     for axis in range(3):
         tokens = tokens.repeat_interleave(patch, axis)
     return tokens

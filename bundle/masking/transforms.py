@@ -1,8 +1,8 @@
 """MONAI dictionary transforms that add a mask to an item: AAL3 regions, and the baselines to compare with.
 
-Each works on the image ``(T, X, Y, Z)`` or ``(1, X, Y, Z, T)`` and adds ``mask``, bool, true = hidden, on the
-image's device and with its affine: ``(1, X, Y, Z)`` where the same voxels are hidden at every frame (a tube),
-else ``(1, X, Y, Z, T)``.
+Each works on the image `(T, X, Y, Z)` or `(1, X, Y, Z, T)` and adds `mask`, bool, true = hidden, on the
+image's device and with its affine: `(1, X, Y, Z)` where the same voxels are hidden at every frame (a tube),
+else `(1, X, Y, Z, T)`.
 
 Put them after the augmentation. A region is looked up at the image's affine, which MONAI's affine transforms
 (RandAffined, RandRotated, RandZoomd, RandFlipd, Spacingd, SpatialPadd, ...) keep up to date. Warps that no
@@ -35,7 +35,7 @@ class _AddMaskd(Randomizable, MapTransform):
         keys: the image, one key.
         mask_key: key of the mask to add.
         seed: seed of the transform's own generator.
-        fixed: draw from (seed, the item's ``run_id`` and ``start``) alone: the same clip gets the same mask
+        fixed: draw from (seed, the item's `run_id` and `start`) alone: the same clip gets the same mask
             in every epoch and in any order, as validation needs. Otherwise draws follow one another.
     """
 
@@ -50,7 +50,7 @@ class _AddMaskd(Randomizable, MapTransform):
 
     @abstractmethod
     def draw(self, item: dict, image: MetaTensor, rng: np.random.RandomState) -> Tensor:
-        """Return the mask ``(X, Y, Z)`` or ``(X, Y, Z, T)``, bool, on any device."""
+        """Return the mask `(X, Y, Z)` or `(X, Y, Z, T)`, bool, on any device."""
 
     def __call__(self, data: dict) -> dict:
         """Return the item with the mask added.
@@ -89,11 +89,11 @@ class _AddMaskd(Randomizable, MapTransform):
 
 
 class AAL3ROIMaskd(_AddMaskd):
-    """Hide AAL3 regions at every frame; ``mask`` is ``(1, X, Y, Z)``.
+    """Hide AAL3 regions at every frame; `mask` is `(1, X, Y, Z)`.
 
     Args:
         keys: the image, one key.
-        regions: names of `bundle.anatomy.atlas.REGIONS` (``"limbic"``), AAL3 label names (``"Hippocampus_L"``) or
+        regions: names of `bundle.anatomy.atlas.REGIONS` (`"limbic"`), AAL3 label names (`"Hippocampus_L"`) or
             numbers, or a list of these.
         fraction: share of the region's volume, above 0 and at most 1. Whole labels are drawn at random until
             the volume is as near to it as they allow; a region of one label therefore stays whole.
@@ -103,7 +103,7 @@ class AAL3ROIMaskd(_AddMaskd):
         table: its label table; None: AAL3's.
         mask_key: key of the mask to add.
         seed: see `fixed`.
-        fixed: the draw depends only on seed, ``run_id`` and ``start``; for validation.
+        fixed: the draw depends only on seed, `run_id` and `start`; for validation.
 
     Raises:
         InputError: an unknown region, or a fraction outside (0, 1].
@@ -142,17 +142,17 @@ class AAL3ROIMaskd(_AddMaskd):
 class EqualVolumeMaskd(_AddMaskd):
     """Hide as many voxels as a region has, elsewhere: the control that tells anatomy from volume.
 
-    A compact blob of brain voxels around a random one, at every frame; ``mask`` is ``(1, X, Y, Z)``.
+    A compact blob of brain voxels around a random one, at every frame; `mask` is `(1, X, Y, Z)`.
 
     Args:
         keys: the image, one key.
         regions: the regions whose voxels, in this image, are counted; see `AAL3ROIMaskd`.
-        brain_key: the brain, ``(1, X, Y, Z)`` on the image's grid; augment it along with the image.
+        brain_key: the brain, `(1, X, Y, Z)` on the image's grid; augment it along with the image.
         atlas: label image; None: AAL3v1, 1 mm.
         table: its label table; None: AAL3's.
         mask_key: key of the mask to add.
         seed: see `fixed`.
-        fixed: the draw depends only on seed, ``run_id`` and ``start``; for validation.
+        fixed: the draw depends only on seed, `run_id` and `start`; for validation.
 
     Raises:
         InputError: an unknown region; when called, a brain that is absent, elsewhere or too small.
@@ -185,20 +185,20 @@ class RandomTokenMaskd(_AddMaskd):
     """Hide random tokens: the published baselines random/random (per frame) and random/tube (all frames).
 
     Args:
-        keys: the image, one key; its sides must be multiples of ``patch``.
+        keys: the image, one key; its sides must be multiples of `patch`.
         ratio: share of the tokens, above 0 and at most 1.
-        tube: hide the same tokens at every frame of the clip; ``mask`` is then ``(1, X, Y, Z)``, else
-            ``(1, X, Y, Z, T)``.
-        where: ``"brain"`` draws among tokens with a brain voxel; ``"grid"`` among all, as published, which
+        tube: hide the same tokens at every frame of the clip; `mask` is then `(1, X, Y, Z)`, else
+            `(1, X, Y, Z, T)`.
+        where: `"brain"` draws among tokens with a brain voxel; `"grid"` among all, as published, which
             spends most of the ratio on background.
         patch: voxels along each side of a token.
-        brain_key: the brain, ``(1, X, Y, Z)`` on the image's grid; used if ``where`` is ``"brain"``.
+        brain_key: the brain, `(1, X, Y, Z)` on the image's grid; used if `where` is `"brain"`.
         mask_key: key of the mask to add.
         seed: see `fixed`.
-        fixed: the draw depends only on seed, ``run_id`` and ``start``; for validation.
+        fixed: the draw depends only on seed, `run_id` and `start`; for validation.
 
     Raises:
-        InputError: a ratio outside (0, 1], an unknown ``where``; when called, an image tokens do not fit.
+        InputError: a ratio outside (0, 1], an unknown `where`; when called, an image tokens do not fit.
     """
 
     block = (1, 1, 1, 1)  # tokens hidden together, along x, y, z, t
@@ -241,8 +241,8 @@ class RandomTokenMaskd(_AddMaskd):
 class WindowMaskd(RandomTokenMaskd):
     """Hide random windows of 4 x 4 x 4 x 4 tokens: the published baseline window/random.
 
-    With ``tube``, windows of 4 x 4 x 4 tokens at every frame. Arguments as in `RandomTokenMaskd`; the ratio
-    is of the windows, and ``where="brain"`` draws among windows with a brain voxel.
+    With `tube`, windows of 4 x 4 x 4 tokens at every frame. Arguments as in `RandomTokenMaskd`; the ratio
+    is of the windows, and `where="brain"` draws among windows with a brain voxel.
     """
 
     block = draws.WINDOW
@@ -259,7 +259,7 @@ def _affine(image: MetaTensor) -> np.ndarray:
 
 
 def _brain(item: dict, key: str, image: MetaTensor) -> Tensor:
-    """The item's brain as a plain bool tensor ``(X, Y, Z)``, which must lie where the image lies."""
+    """The item's brain as a plain bool tensor `(X, Y, Z)`, which must lie where the image lies."""
     if key not in item:
         raise InputError(f"the item has no {key!r}, the brain to draw in; add it, or draw with where='grid'")
     brain = item[key]

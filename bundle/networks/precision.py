@@ -37,6 +37,6 @@ class PrecisionInferer(Inferer):
         self.precision = precision
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return ``network(inputs, ...)``; half-precision results are left to the loss to widen."""
+        """Return `network(inputs, ...)`; half-precision results are left to the loss to widen."""
         with autocast(self.precision, inputs.device):
             return network(inputs, *args, **kwargs)

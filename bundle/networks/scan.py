@@ -1,6 +1,6 @@
 """The selective scan of Mamba in plain PyTorch, fast enough on a CPU to train small models.
 
-For every sequence and channel ``d`` there are N hidden values that follow (Gu and Dao, "Mamba: Linear-Time
+For every sequence and channel `d` there are N hidden values that follow (Gu and Dao, "Mamba: Linear-Time
 Sequence Modeling with Selective State Spaces", 2023, section 3.2, with the simplified discretisation of its
 code):
 

@@ -103,7 +103,7 @@ class WindowBlock(nn.Module):
     end and taken as periodic. There is no attention, hence no mask between the two sides of a seam.
 
     All of it is local to a window, so it runs on as many windows at once as the cache holds. With the plain
-    scan the backward pass recomputes everything but the scan, which is the dear part; with checkpointing the
+    scan the backward pass recomputes everything but the scan, which takes longest; with checkpointing the
     scan as well.
     """
 

@@ -114,7 +114,7 @@ def prepare_config(**changes: Any) -> ConfigParser:
 
 
 def load_preparation(**changes: Any) -> Preparation:
-    """The preparation of configs/prepare.json, with some of its entries replaced, such as ``new_tr=2.0``.
+    """The preparation of configs/prepare.json, with some of its entries replaced, such as `new_tr=2.0`.
 
     Raises:
         InputError: a number outside its range.

@@ -31,7 +31,7 @@ def check_run_id(run_id: str) -> str:
     """Return a run's name if it can be a folder's name.
 
     Raises:
-        InputError: it holds anything but letters, digits and ``_ . + -``, or begins with a dot.
+        InputError: it holds anything but letters, digits and `_ . + -`, or begins with a dot.
     """
     if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", run_id):
         raise InputError(f"run id {run_id!r} may hold only letters, digits and _ . + -; rename it")

@@ -18,9 +18,9 @@ from bundle.errors import InputError
 class SubjectScores(EngineMetric):
     """Scores over subjects: the logits of a subject's clips are averaged to one, then scored once over all.
 
-    `compute` returns ``{"auroc", "balanced_accuracy", "accuracy"}`` (the two accuracies at probability 0.5);
-    ``scores["auroc"]`` is a metric of its own. AUROC and balanced accuracy are NaN while one class is absent.
-    After `compute`, ``subjects`` holds one row per subject: ``participant_id``, ``label``, ``logit``, ``clips``.
+    `compute` returns `{"auroc", "balanced_accuracy", "accuracy"}` (the two accuracies at probability 0.5);
+    `scores["auroc"]` is a metric of its own. AUROC and balanced accuracy are NaN while one class is absent.
+    After `compute`, `subjects` holds one row per subject: `participant_id`, `label`, `logit`, `clips`.
     """
 
     subjects: list[dict]
@@ -33,7 +33,7 @@ class SubjectScores(EngineMetric):
 
     @reinit__is_reduced
     def update(self, output: tuple[Tensor, dict]) -> None:
-        """Add a batch: logits ``(B, 1)`` and its ``{"label": (B, 1), "participant_id": B names}``."""
+        """Add a batch: logits `(B, 1)` and its `{"label": (B, 1), "participant_id": B names}`."""
         logits, target = output
         self._clips += zip(
             target["participant_id"],
@@ -59,7 +59,7 @@ class SubjectScores(EngineMetric):
 
 
 def average_per_subject(clips: Sequence[tuple[str, float, float]]) -> list[dict]:
-    """Average the logits of each subject's clips; ``clips`` are (participant_id, label, logit)."""
+    """Average the logits of each subject's clips; `clips` are (participant_id, label, logit)."""
     logits: dict[str, list[float]] = {}
     labels: dict[str, int] = {}
     for participant, label, logit in clips:
@@ -83,10 +83,10 @@ def subject_scores(labels: np.ndarray, logits: np.ndarray, threshold: float = 0.
 
 
 class CaseControlLoss(nn.Module):
-    """Binary cross-entropy of one logit per clip; ``target["label"]`` is 1 for cases and 0 for controls."""
+    """Binary cross-entropy of one logit per clip; `target["label"]` is 1 for cases and 0 for controls."""
 
     def forward(self, logit: Tensor, target: dict[str, torch.Tensor]) -> Tensor:
-        """Return the scalar loss of ``logit`` ``(B, 1)``."""
+        """Return the scalar loss of `logit` `(B, 1)`."""
         return binary_cross_entropy_with_logits(logit.float(), target["label"].float())
 
 

@@ -20,17 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class KeepCheckpoints:
-    """Trainer's handler: resume from ``last.pt`` if there is one, then keep ``last.pt`` and ``best.pt``.
+    """Trainer's handler: resume from `last.pt` if there is one, then keep `last.pt` and `best.pt`.
 
     Both are replaced atomically at the end of each epoch. Attach it after the validation handler, so that the
     epoch's validation metric is known.
 
     Args:
         folder: where the checkpoints lie; made if absent.
-        objects: what to save and resume, name to object with ``state_dict`` and ``load_state_dict``.
+        objects: what to save and resume, name to object with `state_dict` and `load_state_dict`.
         provenance: saved with them, and compared before anything is resumed.
         metric: returns the epoch's validation metric.
-        lower_is_better: how ``best.pt`` is chosen.
+        lower_is_better: how `best.pt` is chosen.
         patience: stop after so many epochs in a row without a better metric; 0 never stops early.
     """
 
@@ -67,7 +67,7 @@ class KeepCheckpoints:
         self.best, self.best_epoch = state["metric"], int(state["epoch"])
 
     def resume(self, engine: Engine) -> None:
-        """Load ``last.pt`` where it exists, refusing one that was made with other settings."""
+        """Load `last.pt` where it exists, refusing one that was made with other settings."""
         path = self.folder / "last.pt"
         if not path.is_file():
             logger.info("No checkpoint in %s: training starts from the first epoch", self.folder)
@@ -80,7 +80,7 @@ class KeepCheckpoints:
         logger.info("Resumed after epoch %d of %s from %s", engine.state.epoch, max_epochs, path)
 
     def save(self, engine: Engine) -> None:
-        """Write ``last.pt`` and, where the validation metric is the best so far, ``best.pt``."""
+        """Write `last.pt` and, where the validation metric is the best so far, `best.pt`."""
         score = self.sign * self.metric()
         improved = score > self.best or not (self.folder / "best.pt").is_file()
         if score > self.best:  # false for NaN: an undefined metric is never the best
@@ -96,7 +96,7 @@ class KeepCheckpoints:
 
 
 def save_checkpoint(objects: Mapping[str, Any], path: str | Path) -> None:
-    """Write the ``state_dict`` of each object to one file, atomically; data-parallel wrappers are taken off."""
+    """Write the `state_dict` of each object to one file, atomically; data-parallel wrappers are taken off."""
     write_checkpoint(
         {name: getattr(thing, "module", thing).state_dict() for name, thing in objects.items()}, Path(path)
     )
@@ -116,7 +116,7 @@ def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU with ``weights_only=True``: no code in it is run.
+    """Read a checkpoint onto the CPU with `weights_only=True`: no code in it is run.
 
     Raises:
         InputError: the file is absent or is not a checkpoint.
@@ -152,10 +152,10 @@ def load_encoder(encoder: nn.Module, path: str, provenance: Provenance) -> None:
 
     Args:
         encoder: the encoder to fill.
-        path: checkpoint of a pretraining run, or the word ``random`` to keep the random weights on purpose (a
+        path: checkpoint of a pretraining, or the word `random` to keep the random weights on purpose (a
             control: what pretraining is worth is the difference to it).
         provenance: of this training; the checkpoint's preparation, split and network sizes must be the same, so that
-            no test subject was seen in pretraining. It is given the checkpoint's own facts, as ``pretraining``.
+            no test subject was seen in pretraining. It is given the checkpoint's own facts, as `pretraining`.
 
     Raises:
         InputError: no such file, not a checkpoint of this bundle, or one that differs.

@@ -13,5 +13,5 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def summary_writer(folder: str) -> SummaryWriter:
-    """TensorBoard writer of this process; those beside the first have folders of their own, ``<folder>1`` ..."""
+    """TensorBoard writer of this process; those beside the first have folders of their own, `<folder>1` ..."""
     return SummaryWriter(f"{folder}{idist.get_rank() or ''}")

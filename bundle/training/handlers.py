@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 class ReseedEachEpoch:
     """Seed all random transforms at the start of each epoch, differently per epoch and rank.
 
-    A resumed run so draws the same clips and masks as one that was never interrupted.
+    A resumed training then draws the same clips and masks as one that was never interrupted.
 
     Args:
         transforms: the transforms of the loader's dataset and of the batch preparation.
-        seed: the run's seed.
+        seed: the training's seed.
     """
 
     def __init__(self, transforms: Sequence[object], seed: int) -> None:
@@ -69,7 +69,7 @@ class DataWaiting:
         self.waited += time.perf_counter() - self.wait_start
 
     def report(self, engine: Engine) -> None:
-        """Log the epoch's figures, and keep the share in ``share``."""
+        """Log the epoch's figures, and keep the share in `share`."""
         seconds = time.perf_counter() - self.epoch_start
         self.share = self.waited / seconds
         logger.info(

@@ -15,9 +15,9 @@ def masked_mse(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error over masked voxels, at every frame they are masked in.
 
     Args:
-        prediction: reconstruction ``(B, 1, X, Y, Z, T)``.
+        prediction: reconstruction `(B, 1, X, Y, Z, T)`.
         image: target of the same shape, z-scored BOLD (no unit).
-        mask: bool, ``(B, 1, X, Y, Z)`` for tube masks (all frames) or ``(B, 1, X, Y, Z, T)``.
+        mask: bool, `(B, 1, X, Y, Z)` for tube masks (all frames) or `(B, 1, X, Y, Z, T)`.
 
     Returns:
         A scalar: the sum of squared errors at masked places over their number.
@@ -36,10 +36,10 @@ def masked_squared_error(prediction: Tensor, image: Tensor, mask: Tensor) -> tup
 
 
 class MaskedMSELoss(nn.Module):
-    """`masked_mse` in the form of a trainer's loss: ``target`` holds ``image`` and ``mask``."""
+    """`masked_mse` in the form of a trainer's loss: `target` holds `image` and `mask`."""
 
     def forward(self, prediction: Tensor, target: dict[str, Tensor]) -> Tensor:
-        """Return the scalar loss of ``prediction`` ``(B, 1, X, Y, Z, T)``."""
+        """Return the scalar loss of `prediction` `(B, 1, X, Y, Z, T)`."""
         return masked_mse(prediction, target["image"], target["mask"])
 
 
@@ -47,7 +47,7 @@ class RegionWeightedMSELoss(nn.Module):
     """Mean squared error over masked voxels, each weighted by its region.
 
     Args:
-        weights: region to weight, positive; voxels of no named region weigh 1. ``"balanced"``: each of the seven
+        weights: region to weight, positive; voxels of no named region weigh 1. `"balanced"`: each of the seven
             regions weighs the same as a whole, however many voxels it has, and so do the voxels outside them.
         atlas: label image; None: AAL3v1, 1 mm.
 
@@ -70,7 +70,7 @@ class RegionWeightedMSELoss(nn.Module):
         self.register_buffer("voxel_weight", table[index].float()[None, None, ..., None], persistent=False)
 
     def forward(self, prediction: Tensor, target: dict[str, Tensor]) -> Tensor:
-        """Return the scalar loss of ``prediction`` ``(B, 1, X, Y, Z, T)`` on the fixed grid."""
+        """Return the scalar loss of `prediction` `(B, 1, X, Y, Z, T)` on the fixed grid."""
         mask = target["mask"] if target["mask"].ndim == prediction.ndim else target["mask"].unsqueeze(-1)
         weight = self.voxel_weight.to(prediction.device) * mask
         squared = (prediction.float() - target["image"].float()).square()

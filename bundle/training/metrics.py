@@ -27,7 +27,7 @@ class MaskedMSE(EngineMetric):
 
     @reinit__is_reduced
     def update(self, output: tuple[Tensor, dict]) -> None:
-        """Add a batch: prediction ``(B, 1, X, Y, Z, T)`` and its ``{"image", "mask"}``."""
+        """Add a batch: prediction `(B, 1, X, Y, Z, T)` and its `{"image", "mask"}`."""
         prediction, target = output
         squared, count = masked_squared_error(prediction.detach(), target["image"], target["mask"])
         self._squared += squared.double().cpu()
@@ -46,7 +46,7 @@ class TemporalR2(EngineMetric):
 
     Both signals are taken around their own mean over the clip, voxel by voxel, so that static anatomy, which
     dominates the squared error of globally z-scored BOLD, counts for nothing:
-    ``1 - sum((y - mean(y)) - (p - mean(p)))^2 / sum(y - mean(y))^2``. 1 is perfect, 0 is a flat prediction,
+    `1 - sum((y - mean(y)) - (p - mean(p)))^2 / sum(y - mean(y))^2`. 1 is perfect, 0 is a flat prediction,
     below 0 is worse than flat. Where a mask differs between frames, only its masked frames are summed.
     """
 
@@ -60,7 +60,7 @@ class TemporalR2(EngineMetric):
 
     @reinit__is_reduced
     def update(self, output: tuple[Tensor, dict]) -> None:
-        """Add a batch: prediction ``(B, 1, X, Y, Z, T)`` and its ``{"image", "mask"}``."""
+        """Add a batch: prediction `(B, 1, X, Y, Z, T)` and its `{"image", "mask"}`."""
         prediction, target = output
         mask = target["mask"]
         if mask.ndim == prediction.ndim - 1:
@@ -106,7 +106,7 @@ class RegionMSE(EngineMetric):
 
     @reinit__is_reduced
     def update(self, output: tuple[Tensor, dict]) -> None:
-        """Add a batch: prediction ``(B, 1, X, Y, Z, T)`` on the fixed grid, and its ``{"image", "mask"}``."""
+        """Add a batch: prediction `(B, 1, X, Y, Z, T)` on the fixed grid, and its `{"image", "mask"}`."""
         prediction, target = output
         mask = target["mask"] if target["mask"].ndim == prediction.ndim else target["mask"].unsqueeze(-1)
         squared = (prediction.detach().float() - target["image"].float()).square() * mask

@@ -35,9 +35,9 @@ def reconstruction_panel(image: torch.Tensor, prediction: torch.Tensor, mask: to
     """Three planes through the middle of the hidden voxels, at the middle frame.
 
     Args:
-        image: ``(X, Y, Z, T)`` z-scored BOLD on a RAS grid.
+        image: `(X, Y, Z, T)` z-scored BOLD on a RAS grid.
         prediction: reconstruction of the same shape.
-        mask: bool ``(X, Y, Z)`` or ``(X, Y, Z, T)``.
+        mask: bool `(X, Y, Z)` or `(X, Y, Z, T)`.
 
     Returns:
         Grey values in 0..1 (2nd to 98th percentile of the image), rows sagittal, coronal and axial, columns

@@ -59,7 +59,7 @@ class Provenance:
         self.facts: dict[str, Any] = json.loads(json.dumps(facts))
 
     def state_dict(self) -> dict[str, str]:
-        """Return the facts as one JSON string, which ``torch.load(weights_only=True)`` accepts."""
+        """Return the facts as one JSON string, which `torch.load(weights_only=True)` accepts."""
         return {"facts": json.dumps(self.facts)}
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:
@@ -79,7 +79,7 @@ class Provenance:
         more_is_fine: bool = False,
         advice: str = "use the same settings, or give another --output_dir",
     ) -> None:
-        """Refuse facts of ``source`` that differ from ours.
+        """Refuse facts of `source` that differ from ours.
 
         Args:
             theirs: the facts of a checkpoint or a released model.
@@ -109,7 +109,7 @@ _ABSENT = object()
 
 
 def entries(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested JSON with their names, such as ``mask#ratio``; a list without dictionaries is one leaf."""
+    """Leaves of nested JSON with their names, such as `mask#ratio`; a list without dictionaries is one leaf."""
     if isinstance(content, dict):
         pairs: Any = content.items()
     elif isinstance(content, list) and any(isinstance(part, dict) for part in content):
@@ -130,8 +130,8 @@ def training_provenance(store: str | Path, splits_file: str | Path, network: Map
         network: sizes of the encoder, `SwinMambaEncoder.size`.
 
     Returns:
-        ``config`` (see `resolved_config`), ``preparation``, ``brain_masks``, ``data``, ``splits``, ``network`` and
-        ``processes`` (the number of processes that share a training step).
+        `config` (see `resolved_config`), `preparation`, `brain_masks`, `data`, `splits`, `network` and
+        `processes` (the number of processes that share a training step).
     """
     manifest = read_manifest(store)
     return Provenance(

@@ -29,7 +29,7 @@ def report(
 
     Args:
         sections: one or several of table, memory, background, scaling, floor and, where there is a GPU, gpu.
-        page: Markdown with ``<!-- benchmarks NAME -->`` ... ``<!-- end -->`` around each section.
+        page: Markdown with `<!-- benchmarks NAME -->` ... `<!-- end -->` around each section.
 
     Raises:
         InputError: there is no such section, or the page has no place for it.

@@ -57,7 +57,7 @@ def test_shipped_1_mm_atlas_counts():
     assert rows == {region: voxels for region, (voxels, _) in TABLE_1.items()} | {"subcortical": 7127}
 
 
-def test_pitfall_1_both_storage_orders_give_the_same_labels_in_space(shared):
+def test_both_storage_orders_give_the_same_labels_in_space(shared):
     ras, las = (load_atlas(shared / "atlas" / f"AAL3v1_res-02_{s}dseg.nii.gz") for s in ("", "LAS_"))
     assert np.array_equal(labels_on(ras, grid.AFFINE, grid.SHAPE), labels_on(las, grid.AFFINE, grid.SHAPE))
     odd = nib.affines.from_matvec(np.diag([-3.0, 3, 3]), (78, -112, -70))  # half-way between atlas voxels
@@ -157,7 +157,7 @@ def test_unknown_region_names_the_nearest(regions, message):
         region_labels(regions, load_atlas().names)
 
 
-def test_pitfall_10_regions_and_labels_have_their_anatomical_names():
+def test_regions_and_labels_have_their_anatomical_names():
     atlas = load_atlas()
     assert len(atlas.names) == 166
     assert set(region_labels(list(REGIONS), atlas.names)) == set(atlas.names) - {33, 34}  # all but the insula

@@ -46,7 +46,7 @@ def members(store: Path, subset: str) -> list[str]:
     ("stage", "subset"),
     [(stage, subset) for stage in STAGES for subset in SETS if (subset == "test") == (stage == "test")],
 )
-def test_pitfalls_13_and_14_loaders_give_every_clip_of_their_own_set_once(small_store, stage, subset):
+def test_loaders_give_every_clip_of_their_own_set_once(small_store, stage, subset):
     """36 clips in batches of 5: a dropped last batch would be seen. All stages read the same split file."""
     loader = parsed(small_store, *STAGES[stage]).get_parsed_content(f"{PARTS[subset]}dataloader")
     clips = [(item["participant_id"], item["start"]) for batch in loader for item in batch]
@@ -55,7 +55,7 @@ def test_pitfalls_13_and_14_loaders_give_every_clip_of_their_own_set_once(small_
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "train"])
-def test_pitfall_14_several_gpus_share_the_validation_set_and_repeat_no_clip(small_store, stage, monkeypatch):
+def test_several_gpus_share_the_validation_set_and_repeat_no_clip(small_store, stage, monkeypatch):
     shares = []
     monkeypatch.setattr("bundle.data.batches.idist.get_world_size", lambda: 5)
     for rank in range(5):  # of 36 clips
@@ -76,7 +76,7 @@ def test_one_switch_sets_the_precision_of_training_and_validation(small_store, s
     assert "amp" not in json.dumps(parser["train"]["trainer"]) + json.dumps(parser["validate"]["evaluator"])
 
 
-def test_pitfall_14_the_best_weights_on_validation_are_frozen_and_tested(small_store):
+def test_the_best_weights_on_validation_are_frozen_and_tested(small_store):
     assert parsed(small_store, "train").get_parsed_content("encoder_checkpoint") == "output/pretrain/best.pt"
     parser = parsed(small_store, "train", "evaluate")
     assert parser.get_parsed_content("checkpoint") == str(small_store / "output" / "best.pt")
@@ -84,7 +84,7 @@ def test_pitfall_14_the_best_weights_on_validation_are_frozen_and_tested(small_s
 
 
 @pytest.mark.parametrize(("stage", "metric", "sign"), [("pretrain", "val_masked_mse", -1), ("train", "val_auroc", 1)])
-def test_pitfall_14_best_is_by_validation_and_in_the_right_direction(small_store, stage, metric, sign):
+def test_best_is_by_validation_and_in_the_right_direction(small_store, stage, metric, sign):
     parser = parsed(small_store, stage, embed_dim=4, depths=[1, 1, 1, 1])
     parser["validate#evaluator"] = SimpleNamespace(state=SimpleNamespace(metrics={metric: 0.7}))
     targets = [handler["_target_"] for handler in parser["train#handlers"]]
@@ -92,7 +92,7 @@ def test_pitfall_14_best_is_by_validation_and_in_the_right_direction(small_store
     assert keep.sign * keep.metric() == sign * 0.7
 
 
-def test_pitfall_14_the_test_config_takes_the_threshold_from_validation(small_store, tmp_path):
+def test_the_test_config_takes_the_threshold_from_validation(small_store, tmp_path):
     parser = parsed(small_store, "train", "evaluate", output_dir=str(tmp_path), bootstrap_resamples=20)
     ran: list[str] = []
     for name, logits in (("validation", [-3.0, -2.0, 1.0, 2.0]), ("test", [-9.0, -8.0, -7.0, 5.0])):

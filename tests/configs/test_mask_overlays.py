@@ -56,7 +56,7 @@ def test_overlay_draws_a_mask_and_validation_draws_a_fixed_one(name, item):
 
 
 @pytest.mark.parametrize("name", ["random_random", "random_tube", "window_random", "half", "equal"])
-def test_pitfall_12_training_draws_another_mask_each_time_and_begins_anew_in_each_epoch(name, item):
+def test_training_draws_another_mask_each_time_and_begins_anew_in_each_epoch(name, item):
     parser = parsed(name)
     mask = parser.get_parsed_content("mask")
     targets = [handler["_target_"] for handler in parser["train#handlers"]]

@@ -21,7 +21,7 @@ def predictions_of(folder, masks):
     return Predictions(folder, folder, {"brain_masks": ["given"]})
 
 
-def test_pitfall_16_a_participant_s_probability_is_the_sigmoid_of_the_mean_logit_of_all_clips(tmp_path):
+def test_a_participant_s_probability_is_the_sigmoid_of_the_mean_logit_of_all_clips(tmp_path):
     predictions = predictions_of(tmp_path, {"a": "mask.nii", "b": "mask.nii"})
     for names, logits in ((["b", "a"], [2.0, -1.0]), (["b"], [4.0])):
         output = {"pred": torch.tensor(logits)[:, None], "label": {"participant_id": names}}

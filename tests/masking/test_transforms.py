@@ -98,7 +98,7 @@ AUGMENTATIONS = {
 
 
 @pytest.mark.parametrize(("augment", "overlap"), AUGMENTATIONS.values(), ids=AUGMENTATIONS)
-def test_pitfall_11_mask_moves_with_the_augmented_image(grid_atlas, augment, overlap):
+def test_mask_moves_with_the_augmented_image(grid_atlas, augment, overlap):
     item = Compose([augment]).set_random_state(1)(labels_as_image())
     left = [label for label in REGIONS["limbic"] if label % 2]  # one side, so that a mirrored mask is seen
     for regions in (left, REGIONS["cerebellum"], REGIONS["frontal"]):
@@ -133,7 +133,7 @@ def test_which_monai_transforms_keep_the_affine_true(augment, follows):
     assert (middle.max() < 0.01) == follows
 
 
-def test_pitfall_1_atlas_storage_order_changes_no_mask(shared):
+def test_atlas_storage_order_changes_no_mask(shared):
     masks = [
         AAL3ROIMaskd("image", ["limbic"], atlas=shared / "atlas" / f"AAL3v1_res-02_{order}dseg.nii.gz")(
             labels_as_image()
@@ -144,7 +144,7 @@ def test_pitfall_1_atlas_storage_order_changes_no_mask(shared):
     assert int(masks[0].sum()) == 12690
 
 
-def test_pitfall_8_a_region_is_hidden_at_every_frame():
+def test_a_region_is_hidden_at_every_frame():
     for last in (False, True):
         mask = AAL3ROIMaskd("image", "limbic")(small_item(frames=20, last=last))["mask"]
         assert mask.shape == (1, 24, 24, 24)  # no time axis: the same at all frames
@@ -165,7 +165,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("transform", "shape"), KINDS.values(), ids=KINDS)
-def test_pitfall_9_every_mask_fits_the_image_and_its_device(transform, shape):
+def test_every_mask_fits_the_image_and_its_device(transform, shape):
     item = small_item(frames=8, last=True)
     mask = transform(item)["mask"]
     assert (tuple(mask.shape), mask.dtype) == (shape, torch.bool)
@@ -178,7 +178,7 @@ def test_pitfall_9_every_mask_fits_the_image_and_its_device(transform, shape):
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
 )
 @pytest.mark.parametrize(("transform", "shape"), KINDS.values(), ids=KINDS)
-def test_pitfall_9_every_mask_goes_through_network_loss_and_metrics(transform, shape, device):
+def test_every_mask_goes_through_network_loss_and_metrics(transform, shape, device):
     """The loss is the sum of squared errors where the mask is true, over their number."""
     network = MaskedAutoencoder(image_size=[24] * 3, frames=8, embed_dim=4, depths=[1, 1]).to(device)
     item = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in small_item().items()}
@@ -201,7 +201,7 @@ def test_pitfall_9_every_mask_goes_through_network_loss_and_metrics(transform, s
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_pitfall_9_masks_are_made_on_the_gpu():
+def test_masks_are_made_on_the_gpu():
     item = small_item()
     on_gpu = item | {key: item[key].cuda() for key in ("image", "brain")}
     for make in (
@@ -214,13 +214,13 @@ def test_pitfall_9_masks_are_made_on_the_gpu():
         assert torch.equal(mask.cpu(), make()(item)["mask"])
 
 
-def test_pitfall_10_mask_is_voxelwise_and_hides_the_region_alone():
+def test_mask_is_voxelwise_and_hides_the_region_alone():
     mask = AAL3ROIMaskd("image", list(REGIONS))(labels_as_image())["mask"][0].numpy()
     labels = full_labels()
     assert np.array_equal(mask, (labels > 0) & (labels != 33) & (labels != 34))
 
 
-def test_pitfall_12_random_masks_are_drawn_in_the_brain():
+def test_random_masks_are_drawn_in_the_brain():
     item = labels_as_image()
     brain = torch.from_numpy(full_labels() > 0)
     item["brain"] = MetaTensor(brain[None], affine=item["image"].affine)
@@ -233,7 +233,7 @@ def test_pitfall_12_random_masks_are_drawn_in_the_brain():
     assert (published & brain).sum() / published.sum() < 0.3 < 0.5 < (mask & brain).sum() / mask.sum()
 
 
-def test_pitfall_12_draws_leave_the_global_generators_alone():
+def test_draws_leave_the_global_generators_alone():
     numpy_before, torch_before = np.random.get_state()[1].copy(), torch.get_rng_state()
     for transform in (RandomTokenMaskd("image", 0.1), EqualVolumeMaskd("image", "limbic")):
         transform(small_item())

@@ -376,7 +376,7 @@ def test_z_is_zero_mean_unit_sd_and_can_be_undone(mean, sd, seed):
 
 
 def test_z_keeps_a_signal_of_two_hundredths_of_the_sd():
-    """BOLD varies over time by about 0.022 of the run's SD; a global int8 step (0.026) would erase it (pitfall 4)."""
+    """BOLD varies over time by about 0.022 of the run's SD; a global int8 step (0.026) would erase it."""
     anatomy = np.random.default_rng(0).normal(0, 1, 500)
     course = 0.022 * np.sin(np.arange(60) / 5)
     z, mean, sd = zscore((anatomy + course[:, None]).astype(np.float32))

@@ -148,7 +148,7 @@ def work_as_rank(rank: int, folder: str) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
 
 
-def test_pitfall_14_metrics_are_computed_once_over_all_ranks(tmp_path):
+def test_metrics_are_computed_once_over_all_ranks(tmp_path):
     """Not per rank and then averaged: subjects have clips on both ranks, and the ranks' shares differ in size."""
     torch.multiprocessing.spawn(work_as_rank, (str(tmp_path),), nprocs=2)
     metrics = {"subjects": SubjectScores(), "mse": MaskedMSE(), "r2": TemporalR2()}

@@ -25,7 +25,6 @@ CANNOT_SHAPE = {
     "_meta_": "says what the bundle is",
     "imports": "names for expressions",
     "bundle_root": "a path",
-    "initialize": "how a process begins; its seed is an entry",
     "run": "what is done with the entries",
     "pretrain": "the same",
     "finalize": "how a process ends",
@@ -44,7 +43,7 @@ CANNOT_SHAPE = {
 }
 """Entries of the configs that cannot shape weights, and why."""
 
-TRAINING_ONLY = ("config#encoder_checkpoint", "processes")
+TRAINING_ONLY = ("config#encoder_checkpoint", "config#initialize", "processes")
 """Facts that shape weights while they are trained, and say nothing of how a trained network is to be used."""
 
 
@@ -176,7 +175,10 @@ def resolved_config(parser: ConfigParser) -> dict[str, Any]:
     Returns:
         Nested JSON values.
     """
-    return {key: _resolved(parser, key, value) for key, value in parser.config.items() if key not in CANNOT_SHAPE}  # type: ignore[union-attr]
+    config: dict[str, Any] = parser.config  # type: ignore[assignment]
+    shaping = {key: value for key, value in config.items() if key not in CANNOT_SHAPE}
+    # what is done at the beginning has effects, so it is not done again to see its value
+    return {key: value if key == "initialize" else _resolved(parser, key, value) for key, value in shaping.items()}
 
 
 def _resolved(parser: ConfigParser, name: str, value: Any) -> Any:

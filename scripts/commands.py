@@ -17,8 +17,9 @@ from bundle.errors import unwrapped
 from bundle.evaluation.figures import mask_overlay
 from bundle.experiments.synthetic import make_cohort
 from bundle.files import ROOT
+from bundle.preparation.chain import prepare_config
 from bundle.preparation.preflight import preflight as look_at_runs
-from bundle.preparation.prepare import prepare_config, refuse_failed_rows
+from bundle.preparation.prepare import refuse_failed_rows
 from bundle.preparation.store import read_manifest
 
 

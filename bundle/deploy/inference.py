@@ -13,7 +13,8 @@ from scipy.special import expit
 from bundle.data.clips import clips
 from bundle.errors import InputError
 from bundle.files import ROOT, versions, write_json, write_text
-from bundle.preparation.prepare import Preparation, prepare, refuse_failed_rows
+from bundle.preparation.chain import Preparation
+from bundle.preparation.prepare import prepare, refuse_failed_rows
 from bundle.preparation.sources import find_runs
 from bundle.preparation.store import read_manifest
 from bundle.preparation.transforms import mask_kind

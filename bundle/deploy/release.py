@@ -8,7 +8,7 @@ from typing import Any
 from bundle.errors import InputError
 from bundle.files import file_sha256, write_json
 from bundle.networks.classifier import Classifier
-from bundle.preparation.prepare import rebuild_preparation
+from bundle.preparation.chain import rebuild_preparation
 from bundle.training.checkpoints import load_checkpoint, saved_facts, write_checkpoint
 from bundle.training.provenance import Provenance
 
@@ -41,7 +41,7 @@ class ReleasedModel:
     Attributes:
         record: what it was made with.
         precision: "float32" or "bf16", see `bundle.networks.precision`.
-        preparation: how its data were prepared, see `bundle.preparation.prepare`.
+        preparation: how its data were prepared, see `bundle.preparation.chain`.
 
     Raises:
         InputError: a file is absent, the two do not belong together, or the record was written by another version.

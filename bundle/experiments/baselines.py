@@ -35,7 +35,7 @@ from bundle.data.splits import SETS, load_splits
 from bundle.errors import InputError
 from bundle.evaluation.subjects import write_test_scores
 from bundle.files import write_json, write_text
-from bundle.preparation.motion import MOTION_COLUMNS
+from bundle.preparation.motion import MOTION_COLUMNS, mean_fd_in
 from bundle.preparation.store import read_clip, read_manifest, read_voxels
 
 logger = logging.getLogger(__name__)
@@ -148,10 +148,9 @@ def mean_motion(runs: Sequence[dict]) -> pd.DataFrame | None:
         found = sorted(source.parent.glob(f"{run['run_id']}_desc-confounds_*.tsv"))
         if not found:
             return None
-        confounds = pd.read_csv(found[0], sep="\t")
-        if "framewise_displacement" not in confounds:
+        if (value := mean_fd_in(found[0])) is None:
             return None
-        values.setdefault(run["participant_id"], []).append(confounds["framewise_displacement"].mean())
+        values.setdefault(run["participant_id"], []).append(value)
     return pd.DataFrame({"mean_fd": {name: float(np.mean(fd)) for name, fd in values.items()}})
 
 

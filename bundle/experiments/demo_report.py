@@ -22,7 +22,8 @@ from bundle.evaluation.figures import mask_overlay
 from bundle.experiments.trial import learning_curves
 from bundle.files import write_text
 from bundle.pages import drawn, embedded, render
-from bundle.preparation.prepare import GOOD_OVERLAP, load_preparation
+from bundle.preparation.chain import load_preparation
+from bundle.preparation.prepare import GOOD_OVERLAP
 from bundle.preparation.run_report import rugs
 from bundle.preparation.store import read_manifest
 

@@ -10,16 +10,9 @@ import numpy as np
 
 from bundle.errors import InputError
 from bundle.preparation import run_report
+from bundle.preparation.chain import Preparation, load_preparation
 from bundle.preparation.pictures import picture
-from bundle.preparation.prepare import (
-    GOOD_OVERLAP,
-    Preparation,
-    attempt,
-    identify_runs,
-    load_preparation,
-    prepared_item,
-    row_of,
-)
+from bundle.preparation.prepare import GOOD_OVERLAP, attempt, identify_runs, prepared_item, row_of
 from bundle.preparation.sources import Run
 from bundle.workers import parallel_map
 

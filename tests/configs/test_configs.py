@@ -23,7 +23,7 @@ from bundle.command_line import refuse_unknown_options
 from bundle.data.splits import make_splits, save_splits
 from bundle.deploy.release import release
 from bundle.errors import InputError
-from bundle.preparation.prepare import load_preparation
+from bundle.preparation.chain import load_preparation
 from bundle.preparation.store import read_manifest
 from bundle.training.checkpoints import load_checkpoint
 

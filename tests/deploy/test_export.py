@@ -17,7 +17,8 @@ from bundle.deploy.export import export_run, to_nifti
 from bundle.errors import InputError
 from bundle.preparation import store
 from bundle.preparation.bold import open_bold
-from bundle.preparation.prepare import load_preparation, prepare
+from bundle.preparation.chain import load_preparation
+from bundle.preparation.prepare import prepare
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from small_runs import coarse_signal, run_of, save_bold
 
 from bundle.errors import InputError
 from bundle.preparation import store
+from bundle.preparation.chain import load_preparation
 from bundle.preparation.confounds import Cleaning, clean_frames, framewise_displacement
-from bundle.preparation.prepare import load_preparation, prepare
+from bundle.preparation.prepare import prepare
 from bundle.preparation.transforms import CleanSignalsd
 
 FRAMES, TR = 100, 2.0

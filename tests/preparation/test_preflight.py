@@ -15,8 +15,9 @@ from small_runs import COARSE_AFFINE, coarse_brain, coarse_signal, run_of, save_
 from bundle.anatomy.atlas import REGIONS
 from bundle.errors import InputError
 from bundle.preparation import store
+from bundle.preparation.chain import load_preparation
 from bundle.preparation.preflight import preflight
-from bundle.preparation.prepare import load_preparation, prepare
+from bundle.preparation.prepare import prepare
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from bundle.errors import InputError
 from bundle.files import WriteError
 from bundle.preparation import prepare as module
 from bundle.preparation import store
-from bundle.preparation.prepare import load_preparation, prepare, rebuild_preparation
+from bundle.preparation.chain import load_preparation, rebuild_preparation
+from bundle.preparation.prepare import prepare
 from bundle.preparation.sources import find_runs
 
 

@@ -2,14 +2,17 @@
 
 import difflib
 import inspect
+import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import monai.bundle
+import torch
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
@@ -67,9 +70,15 @@ def _top(name: str) -> str:
 
 
 def _one_sentence(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the `InputError` that MONAI has wrapped; anything else as Python prints it."""
+    """Print the `InputError` that MONAI has wrapped; anything else as Python prints it.
+
+    One of several training processes then ends at once. After an error MONAI calls no `finalize`, so that the usual end
+    of Python could abort (see `bundle.training.distributed.leave_group`), or wait for threads that wait for the other
+    processes. PyTorch's own hook around this one puts a buffer in the place of `sys.stderr`, which would be lost.
+    """
     cause = input_error_in(error)
-    if cause is None:
-        sys.__excepthook__(kind, error, trace)
-    else:
-        print(f"error: {cause}", file=sys.stderr)  # noqa: T201
+    text = "".join(traceback.format_exception(kind, error, trace)) if cause is None else f"error: {cause}\n"
+    print(text, end="", file=sys.__stderr__, flush=True)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(1)

@@ -25,7 +25,7 @@ from bundle.deploy.release import release
 from bundle.errors import InputError
 from bundle.preparation.chain import load_preparation
 from bundle.preparation.store import read_manifest
-from bundle.training.checkpoints import load_checkpoint
+from bundle.training.checkpoints import load_checkpoint, saved_facts
 
 
 @pytest.fixture(scope="module")
@@ -337,21 +337,40 @@ def test_an_option_that_no_config_knows_is_refused(form: str, tmp_path: Path):
         refuse_unknown_options([*given, "--mask_fracton", "0.5"])
 
 
-def test_two_processes_train_one_network_and_validate_every_clip_once(store: Path, tmp_path: Path):
-    """`torchrun` with gloo on the CPU stands in for several GPUs."""
+def two_processes(store: Path, folder: Path, overlay: dict) -> subprocess.CompletedProcess:
+    """Pretrain below a folder: `torchrun` with gloo on the CPU stands in for several GPUs."""
+    (folder / "overlay.json").write_text(json.dumps(overlay))
+    configs = [str(CONFIGS / "pretrain.json"), str(CONFIGS / "multi_gpu.json"), str(folder / "overlay.json")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "monai.bundle", "run", "pretrain"]
-    command += ["--config_file", str([str(CONFIGS / "pretrain.json"), str(CONFIGS / "multi_gpu.json")])]
-    command += ["--bundle_root", str(ROOT), "--dataset_dir", str(store), "--output_dir", str(tmp_path / "two")]
-    for name, value in (TINY | {"batch_size": 1}).items():
+    command += ["-m", "monai.bundle", "run", "pretrain", "--config_file", str(configs)]
+    command += ["--bundle_root", str(ROOT), "--output_dir", str(folder / "two")]
+    for name, value in (TINY | {"batch_size": 1, "store": store}).items():
         command += [f"--{name}", str(value)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests" / "helpers")}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_two_processes_train_one_network_and_validate_every_clip_once(store: Path, tmp_path: Path):
+    """They have left their group when they end: its threads, which Linux lists, could else abort one."""
+    overlay = {"store": None, "dataset_dir": "@store", "+initialize": [{"_target_": "threads_at_end.list_threads"}]}
+    done = two_processes(store, tmp_path, overlay)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("at the end") == 2
+    assert "gloo" not in done.stdout
     saved = load_checkpoint(tmp_path / "two" / "last.pt")
     assert saved["trainer"]["epoch_length"] == 4  # 8 clips of the train set in two processes
+    assert saved_facts(saved, "last.pt")["processes"] == 2
     alone = workflow("pretrain", dataset_dir=str(store), output_dir=str(tmp_path / "alone"))
     alone.initialize()
     alone.network_def.load_state_dict(saved["network"])
     evaluator = alone.parser.get_parsed_content("validate#evaluator")
     evaluator.run()
     assert evaluator.state.metrics["val_masked_mse"] == pytest.approx(-saved["best"]["metric"], rel=1e-6)
+
+
+def test_an_error_in_one_of_two_processes_is_said_in_one_sentence_and_ends_both(store: Path, tmp_path: Path):
+    overlay = {"store": None, "dataset_dir": "$'absent' if idist.get_rank() else @store"}
+    done = two_processes(store, tmp_path, overlay)
+    assert done.returncode != 0
+    assert "error: absent is not a finished store" in done.stderr
+    assert "exitcode  : 1 " in done.stderr  # of the first to fail, as torchrun reports it: it did not abort

@@ -142,10 +142,13 @@ def add_share(metrics: dict, rank: int) -> None:
 
 def work_as_rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    metrics = {"subjects": SubjectScores(), "mse": MaskedMSE(), "r2": TemporalR2()}
-    add_share(metrics, rank)
-    result = {name: metric.compute() for name, metric in metrics.items()} | {"rows": metrics["subjects"].subjects}
-    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    try:
+        metrics = {"subjects": SubjectScores(), "mse": MaskedMSE(), "r2": TemporalR2()}
+        add_share(metrics, rank)
+        result = {name: metric.compute() for name, metric in metrics.items()} | {"rows": metrics["subjects"].subjects}
+        Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    finally:  # waits for gloo's threads: one that frees a tensor while the interpreter ends would abort the process
+        torch.distributed.destroy_process_group()
 
 
 def test_metrics_are_computed_once_over_all_ranks(tmp_path):

@@ -65,7 +65,7 @@ def refuse_unknown_options(arguments: Sequence[str]) -> None:
 
 
 def _top(name: str) -> str:
-    """The entry at the top that a name such as `train#trainer#amp` or `+train` is about."""
+    """The entry at the top that a name such as `train#trainer#max_epochs` or `+train` is about."""
     return re.split("#|::", name.lstrip("+"))[0]
 
 

@@ -150,7 +150,7 @@ def is_alive(pid: int) -> bool:
 
 
 def config_file(name: str) -> Path:
-    """Path of a config of this bundle (`"pretrain"`, `"masks/limbic"`) or of a JSON file elsewhere.
+    """Path of a config of this bundle (`"pretrain"`, `"masks/equal"`) or of a JSON file elsewhere.
 
     Raises:
         InputError: there is no such file.

@@ -1,4 +1,4 @@
-"""`python -m scripts COMMAND --help`: see the README for the order in which the commands are used."""
+"""`python -m scripts COMMAND --help`: docs/code.md lists them."""
 
 import logging
 import sys
@@ -9,7 +9,19 @@ from typing import Any, get_args, get_type_hints
 import fire
 
 from bundle.errors import InputError
-from scripts.commands import convert, export, overlay, preflight, prepare, regions, release, splits, synthesize, where
+from scripts.commands import (
+    convert,
+    export,
+    overlay,
+    pictures,
+    preflight,
+    prepare,
+    regions,
+    release,
+    splits,
+    synthesize,
+    where,
+)
 from scripts.demo import demo
 from scripts.experiments import report, sweep, truth
 
@@ -30,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "truth": truth,
     "where": where,
+    "pictures": pictures,
 }
 
 

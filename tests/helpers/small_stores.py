@@ -26,7 +26,7 @@ def some_voxels(per_label: int, every: int) -> tuple[np.ndarray, np.ndarray]:
 def planted_store(
     folder: Path, subjects: int, effect: float, seed: int = 0, frames: int = 100, per_label: int = 6, every: int = 4
 ) -> Path:
-    """A store whose participants differ, by diagnosis, in limbic-cerebellar coupling only; see bundle.synthetic."""
+    """A store whose participants differ, by diagnosis, in limbic-cerebellar coupling only."""
     voxels, labels = some_voxels(per_label, every)
     numbers = np.unique(labels)
 

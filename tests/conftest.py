@@ -17,8 +17,8 @@ from bundle.preparation.store import read_manifest
 
 os.environ.setdefault("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
 torch.set_num_threads(1)  # tests run in parallel processes; see the README's test command
-hypothesis.settings.register_profile("same examples in every run", derandomize=True)
-hypothesis.settings.load_profile("same examples in every run")
+hypothesis.settings.register_profile("same examples, however long they take", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same examples, however long they take")
 
 ROOT = Path(__file__).resolve().parents[1]
 

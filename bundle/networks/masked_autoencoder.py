@@ -137,7 +137,7 @@ class MaskedAutoencoder(nn.Module):
                 f"The mask of an image {tuple(image.shape)} must be {(b, 1, x, y, z)} or {(b, 1, x, y, z, t)}, "
                 f"not {tuple(mask.shape)}."
             )
-        mask = mask.bool()
+        mask = mask.as_subclass(Tensor).bool()
         patches = split_patches(mask.unsqueeze(-1) if mask.ndim == 5 else mask, self.encoder.patch_size)
         return patches.any(-1) if self.hide == "any" else 2 * patches.sum(-1) > patches.shape[-1]
 

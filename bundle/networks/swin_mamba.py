@@ -316,6 +316,7 @@ class SwinMambaEncoder(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """Turn (B, 1, X, Y, Z, T) into tokens (B, x, y, z, T, c) in the orientation of the weights."""
+        image = image.as_subclass(Tensor)  # MONAI's MetaTensor follows operations that the scan does not need
         expected = (1, *self.image_size)
         if image.ndim != 6 or image.shape[1:5] != expected or not 1 <= image.shape[5] <= self.frames:
             raise InputError(

@@ -98,7 +98,7 @@ class Provenance:
         differing = sorted((name for name in differing if not _below(name, ignore)), key=lambda name: name.count("#"))
         if differing:
             name = differing[0]
-            more = f" (and {len(differing) - 1} other entries differ)" if len(differing) > 1 else ""
+            more = f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
             was, now = (repr(side[name]) if name in side else "nothing" for side in (old, new))
             entry = name.removeprefix("config#")
             raise InputError(f"{source}: was made with {entry} {was}, but here it is {now}{more}; {advice}")

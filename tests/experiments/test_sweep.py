@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from small_stores import planted_store
+from tqdm import tqdm
 
 from bundle.anatomy.atlas import load_atlas
 from bundle.data.splits import load_splits
@@ -214,12 +215,27 @@ def heeds_interrupts():
 
 @pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupted_sweep_begins_no_other_trial(store, tmp_path, calls, monkeypatch):
+    started, noticed = threading.Event(), threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            noticed.set()
+            super().shutdown(wait=wait)
+
+    def wait_for(futures):
+        started.set()
+        return as_completed(futures)
+
     def interrupted(*stage):
         if not calls.calls:
-            time.sleep(0.3)  # the main thread waits by now
+            assert started.wait(60)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.3)  # and notices
+            assert noticed.wait(60)
         calls(*stage)
+
+    monkeypatch.setattr("bundle.experiments.sweep.ThreadPoolExecutor", Pool)
+    monkeypatch.setattr("bundle.experiments.sweep.as_completed", wait_for)
 
     monkeypatch.setattr(module, "run_config", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -245,9 +261,18 @@ def test_time_left_is_right_when_cells_end_in_waves(store, tmp_path, calls, monk
     """As four at a time would: each wave takes an hour, and its trials end half a minute apart."""
     clock = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    seen = threading.Semaphore(0)
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            super().update(n)
+            seen.release()
+
+    monkeypatch.setattr("bundle.experiments.sweep.tqdm", Bar)
 
     def stage(*job):
-        time.sleep(0.02)  # the bar has seen the trial before
+        if calls.calls and len(calls.calls) % 2 == 0:  # a trial begins
+            assert seen.acquire(timeout=60)  # until the bar has seen the trial before
         calls(*job)
         done = len(calls.calls) // 2  # trials, of two stages each
         clock[0] = 3600.0 * ((done + 3) // 4) + 30 * ((done + 3) % 4) if done else 0.0

@@ -195,6 +195,7 @@ def test_a_killed_writer_leaves_whole_runs_and_its_rubbish_is_cleaned(tmp_path):
     for _ in range(4):
         writer.stdout.readline()
     while not list((tmp_path / "runs").glob(".unfinished*/frames.npy")):
+        assert writer.poll() is None
         time.sleep(0.001)
     writer.send_signal(signal.SIGKILL)
     writer.wait()

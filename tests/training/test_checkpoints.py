@@ -96,17 +96,21 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_no_partial_file(tmp_path: 
 
 
 class Evil:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
     def __reduce__(self) -> tuple:
-        return (Path("/tmp/evil-was-here").touch, ())
+        return (self.trace.touch, ())
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path):
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"network": Evil()}))
-    torch.save({"network": Evil()}, tmp_path / "evil2.pt")
+    evil = Evil(tmp_path / "evil-was-here")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"network": evil}))
+    torch.save({"network": evil}, tmp_path / "evil2.pt")
     for name in ("evil.pt", "evil2.pt"):
         with pytest.raises(InputError, match="cannot be read as a PyTorch checkpoint"):
             load_checkpoint(tmp_path / name)
-    assert not Path("/tmp/evil-was-here").exists()
+    assert not evil.trace.exists()
 
 
 @pytest.mark.parametrize("fact", ["preparation", "splits", "network"])

@@ -7,16 +7,19 @@ Not covered: set-up lines, torchrun, Dask, Docker, whole sweeps, benchmarks and 
 
 import ast
 import inspect
+import json
 import os
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import monai.bundle
 import numpy as np
 import pytest
+import yaml
 from monai.bundle import ConfigParser
 from tiny_configs import CONFIGS, TINY
 from tiny_configs import run as run_configs
@@ -292,3 +295,20 @@ def test_the_pictures_are_drawn_of_synthetic_data_only(
     run_line(words, monkeypatch, {"STORE": "demo/store"})
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {path.name for path in (ROOT / "docs" / "pictures").glob("*.png")}
+
+
+def test_the_citation_is_of_the_version_that_is_installed():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= set(citation)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    metadata = json.loads((CONFIGS / "metadata.json").read_text(encoding="utf-8"))
+    assert citation["version"] == project["version"] == metadata["version"]
+    assert citation["license"] == project["license"]
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    settings = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert name == "README.md" or re.search(rf"[:-] {re.escape(name)}$", settings, flags=re.M), name

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.data import MetaTensor
 from torch.nn import functional
 
 from bundle.errors import InputError
@@ -383,3 +384,12 @@ def test_bf16_autocast_agrees_with_float32(options):
     for exact, rounded, tolerance in zip(*results, (0.02, 0.1), strict=True):  # seen: 0.01 and 0.06
         assert torch.isfinite(rounded).all()
         assert torch.dist(exact, rounded) < tolerance * exact.norm()
+
+
+def test_an_image_with_metadata_gives_what_a_plain_tensor_gives():
+    network = MaskedAutoencoder(image_size=(48, 48, 48), frames=2, embed_dim=4, depths=(1, 1, 1, 1)).eval()
+    image, mask = torch.randn(1, 1, 48, 48, 48, 2), torch.rand(1, 1, 48, 48, 48) > 0.9
+    with torch.no_grad():
+        expected, found = network(image, mask), network(MetaTensor(image), MetaTensor(mask))
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, expected)

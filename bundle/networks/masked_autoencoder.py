@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bundle.errors import InputError
-from bundle.networks.swin_mamba import BlockStack, SwinMambaEncoder, halve, join_patches, split_patches
+from bundle.networks.swin_mamba import BlockStack, SwinMambaEncoder, halve, join_patches, plain, split_patches
 
 MASK_TOKENS = ("region", "random", "window")
 HIDE = ("any", "majority")
@@ -137,7 +137,7 @@ class MaskedAutoencoder(nn.Module):
                 f"The mask of an image {tuple(image.shape)} must be {(b, 1, x, y, z)} or {(b, 1, x, y, z, t)}, "
                 f"not {tuple(mask.shape)}."
             )
-        mask = mask.as_subclass(Tensor).bool()
+        mask = plain(mask).bool()
         patches = split_patches(mask.unsqueeze(-1) if mask.ndim == 5 else mask, self.encoder.patch_size)
         return patches.any(-1) if self.hide == "any" else 2 * patches.sum(-1) > patches.shape[-1]
 

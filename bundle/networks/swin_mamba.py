@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -211,6 +212,11 @@ class EncoderStage(nn.Module):
         return self.merge(self.stack(tokens, brain))
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor without MONAI's metadata, which some operations of the scan do not take."""
+    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+
+
 def halve(brain: Tensor) -> Tensor:
     """Halve a bool grid (x, y, z): True where any of 8 neighbours is."""
     x, y, z = brain.shape
@@ -316,7 +322,7 @@ class SwinMambaEncoder(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """Turn (B, 1, X, Y, Z, T) into tokens (B, x, y, z, T, c) in the orientation of the weights."""
-        image = image.as_subclass(Tensor)  # MONAI's MetaTensor follows operations that the scan does not need
+        image = plain(image)
         expected = (1, *self.image_size)
         if image.ndim != 6 or image.shape[1:5] != expected or not 1 <= image.shape[5] <= self.frames:
             raise InputError(

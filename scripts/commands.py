@@ -170,6 +170,7 @@ def export(
     start: int = 0,
     frames: int | None = None,
     array: str | None = None,
+    checkpoint: str | None = None,
 ) -> None:
     """Write a stored run, or an array on its grid, as NIfTI in MNI space.
 
@@ -181,8 +182,9 @@ def export(
         start: first frame.
         frames: how many; by default all from the first.
         array: .npy or .pt file to write instead of the run, e.g. a reconstruction or an attribution map.
+        checkpoint: the network that made the array, whose units it has.
     """
-    export_run(store, run, out, units, start, frames, array)
+    export_run(store, run, out, units, start, frames, array, checkpoint)
 
 
 def splits(

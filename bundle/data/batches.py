@@ -62,8 +62,9 @@ class PrepareBatch:
     here, on the device. The network receives the mask as its second input where there is one.
 
     Args:
-        transforms: applied to each item in order; they must leave `image` `(1, X, Y, Z, T)`.
-        encode: a frozen map from images `(1, 1, X, Y, Z, T)` to features `(1, c)`, in the precision in which the
+        transforms: applied to each item in order; they must leave `image` `(channels, X, Y, Z, T)`, of
+            which the last channel is the target.
+        encode: a frozen map from images `(1, channels, X, Y, Z, T)` to features `(1, c)`, in the precision in which the
             model is served. The network then receives features instead of images. Every clip is encoded once, and
             remembered by its run and start; where the first transform is the one that reads it, not the loader's, it
             is read once too.
@@ -110,7 +111,7 @@ class PrepareBatch:
             for item in items
         ]
         image = torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])
-        target: dict = {"image": image, "participant_id": [item["participant_id"] for item in items]}
+        target: dict = {"image": image[:, -1:], "participant_id": [item["participant_id"] for item in items]}
         if "label" in items[0]:
             target["label"] = torch.tensor([[item["label"]] for item in items], device=image.device)
         if "mask" not in items[0]:

@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from bundle.anatomy import grid
 from bundle.anatomy.parcels import dense
+from bundle.data.normalisation import Normalisation
 from bundle.errors import InputError
 from bundle.files import written_whole
 from bundle.preparation import store
 from bundle.preparation.bold import MNI_CODE
+from bundle.preparation.scaling import run_moments
+from bundle.training.checkpoints import load_checkpoint, saved_facts
 
 UNITS = ("original", "z")
 
@@ -59,18 +62,22 @@ def export_run(
     start: int = 0,
     frames: int | None = None,
     array: str | Path | None = None,
+    checkpoint: str | Path | None = None,
 ) -> None:
     """Write a stored run, or an array made from it, as NIfTI on the grid.
 
     Args:
         folder: the prepared store.
-        run_id: the run, whose voxels, TR, mean and SD are used.
+        run_id: the run, whose voxels, TR, means and SDs are used.
         path: .nii or .nii.gz to write; background is 0.
-        units: "original" undoes the z-scores with the run's mean and SD; "z" leaves values as they are (right for
-            attribution maps).
+        units: "original", those of the run's file; or "z" by the run's mean and SD. An array is left as it is by "z"
+            (right for attribution maps).
         start: first frame.
         frames: how many; None takes all from `start`.
-        array: .npy or .pt file on the grid (see `to_nifti`) to write instead of the run's own frames.
+        array: .npy or .pt file on the grid (see `to_nifti`) to write instead of the run's own frames; with time, it
+            begins at the run's frame `start`.
+        checkpoint: the array was made by this network, in the units that it sees (see
+            `bundle.data.normalisation`); None: in the run's z.
 
     Raises:
         InputError: no such run or frames, a wrong name or unit, an array that is not on the grid, or a file that
@@ -82,26 +89,29 @@ def export_run(
     if units not in UNITS:
         raise InputError(f"units must be {' or '.join(UNITS)}, not {units!r}")
     record = store.read_run(folder, run_id)
-    mean, sd = (record["mean"], record["sd"]) if units == "original" else (0.0, 1.0)
     voxels = store.read_voxels(folder, run_id)
+    moments = store.read_moments(folder, run_id)
     if array is None:
         count = record["frames"] - start if frames is None else frames
         rows = store.read_clip(folder, run_id, start, count)  # (T, V)
+        scale = moments if units == "original" else run_moments(moments, record)
         with written_whole(path) as unfinished:
-            _write_frames(unfinished, rows, voxels, record["tr"], mean, sd)
+            _write_frames(unfinished, rows, voxels, record["tr"], *scale)
         return
     image: Any = to_nifti(_load(Path(array)), tr=record["tr"])
     if units == "original":
-        brain = dense(np.ones(len(voxels), bool), voxels)
-        values = image.get_fdata(dtype=np.float32)
-        values[brain] = values[brain] * sd + mean
-        values[~brain] = 0
-        image = to_nifti(values, tr=record["tr"])
+        values = image.get_fdata(dtype=np.float32).reshape(-1, *image.shape[3:])[voxels].T  # (T, V) or (V,)
+        if checkpoint is not None:
+            stored = store.read_clip(folder, run_id, start, len(np.atleast_2d(values))).astype(np.float32)
+            normalisation = Normalisation(**saved_facts(load_checkpoint(checkpoint), checkpoint)["normalisation"])
+            in_torch = [torch.from_numpy(part) for part in (values, stored, run_moments(moments, record))]
+            values = normalisation.undo(*in_torch).numpy()
+        image = to_nifti(values * record["sd"] + record["mean"], voxels, record["tr"])
     with written_whole(path) as unfinished:
         nib.save(image, unfinished)
 
 
-def _write_frames(path: Path, rows: NDArray, voxels: NDArray, tr: float, mean: float, sd: float) -> None:
+def _write_frames(path: Path, rows: NDArray, voxels: NDArray, tr: float, mean: NDArray, sd: NDArray) -> None:
     """Write (T, V) frame by frame: a dense run of 1000 frames would take 3.5 GB of memory."""
     header: Any = nib.Nifti1Header()
     header.set_data_dtype(np.float32)

@@ -135,7 +135,8 @@ def convert_file(published: str | Path, checkpoint: str | Path) -> dict[str, Any
     state = converted.state_dict
     if encoder is network:
         state = {f"encoder.{name}": tensor for name, tensor in state.items()}
-    facts = Provenance(published=file_sha256(published), network=encoder.size)
+    seen = {"mode": "run", "per_frame": False}
+    facts = Provenance(published=file_sha256(published), network=encoder.size, normalisation=seen)
     write_checkpoint({"network": state, "provenance": facts.state_dict()}, Path(checkpoint))
     return {"network": converted.network.__name__, "arguments": converted.arguments} | asdict(converted.report)
 

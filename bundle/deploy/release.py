@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from bundle.data.normalisation import Normalisation
 from bundle.errors import InputError
 from bundle.files import file_sha256, write_json
 from bundle.networks.classifier import Classifier
@@ -41,6 +42,7 @@ class ReleasedModel:
     Attributes:
         record: what it was made with.
         precision: "float32" or "bf16", see `bundle.networks.precision`.
+        normalisation: units of what it sees, see `bundle.data.normalisation`.
         preparation: how its data were prepared, see `bundle.preparation.chain`.
 
     Raises:
@@ -60,9 +62,10 @@ class ReleasedModel:
             raise InputError(
                 f"{source}: does not belong to {self.path.name} (its sha256 differs); release the model again"
             )
-        if missing := {"config", "preparation", "network", "brain_masks"} - set(self.record):
+        if missing := {"config", "preparation", "network", "normalisation", "brain_masks"} - set(self.record):
             raise InputError(f"{source}: does not say its {min(missing)}; train and release with this version")
         self.precision: str = self.record["config"]["precision"]
+        self.normalisation = Normalisation(**self.record["normalisation"])
         self.preparation = rebuild_preparation(self.record["preparation"], source)
 
     def load_into(self, network: Classifier) -> None:

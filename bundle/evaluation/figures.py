@@ -10,17 +10,15 @@ from nilearn import plotting
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import Atlas, Regions, labels_on, region_labels
 from bundle.anatomy.parcels import dense
-from bundle.preparation.store import read_clip, read_run, read_voxels
+from bundle.preparation.store import read_moments, read_voxels
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 
 
 def mean_bold(store: str | Path, run_id: str) -> nib.Nifti1Image:
     """Mean over time of a stored run, in the units of the file it came from, on the fixed grid; background 0."""
-    record = read_run(store, run_id)
-    frames = read_clip(store, run_id, 0, record["frames"])  # (T, V)
-    means = frames.mean(axis=0, dtype=np.float64) * record["sd"] + record["mean"]
-    return nib.Nifti1Image(dense(means.astype(np.float32), read_voxels(store, run_id)), grid.AFFINE)
+    mean, _ = read_moments(store, run_id)
+    return nib.Nifti1Image(dense(mean.astype(np.float32), read_voxels(store, run_id)), grid.AFFINE)
 
 
 def mask_overlay(store: str | Path, run_id: str, png: str | Path, regions: Regions, atlas: Atlas) -> None:

@@ -58,8 +58,8 @@ def label_sums(
     """Hide each unit of a clip in turn, and sum its errors label by label, over voxels inside the brain.
 
     Args:
-        predict: the network: image `(1, 1, X, Y, Z, T)` and keyword mask `(1, 1, X, Y, Z)` to the reconstruction.
-        image: `(1, 1, X, Y, Z, T)`.
+        predict: the network: image `(1, channels, X, Y, Z, T)` and keyword mask `(1, 1, X, Y, Z)` to what it rebuilds.
+        image: `(1, channels, X, Y, Z, T)`, of which the last channel is rebuilt.
         brain: bool `(X, Y, Z)`.
         labels: position of each voxel's label, 1 to n, 0 for none.
         hidden: the unit, 1 to m, with which each voxel is hidden; 0 for none.
@@ -72,7 +72,7 @@ def label_sums(
     for unit in range(1, int(hidden.max()) + 1):
         inside = hidden == unit
         prediction = predict(image, mask=torch.from_numpy(inside)[None, None].to(image.device))
-        parts = [part.double().cpu().numpy() for part in voxel_sums(prediction[0, 0].float(), image[0, 0].float())]
+        parts = [part.double().cpu().numpy() for part in voxel_sums(prediction[0, 0].float(), image[0, -1].float())]
         scored = inside & brain
         counts = np.full(int(scored.sum()), image.shape[-1], float)
         columns = [parts[0][scored], counts, parts[1][scored], parts[2][scored]]
@@ -130,7 +130,6 @@ def evaluate_reconstruction(
     inferer: Inferer,
     clips: Sequence[dict[str, Any]],
     transforms: Sequence[Callable],
-    mask: Callable[[dict], dict],
     output_dir: str | Path,
     hide_by: str = "group",
     atlas: str | Path | None = None,
@@ -146,8 +145,7 @@ def evaluate_reconstruction(
         network: a `MaskedAutoencoder`.
         inferer: runs it in the precision that it was trained in.
         clips: dataset of clips as `ReadClipd` gives them.
-        transforms: to `image` `(T, X, Y, Z)` and `brain` (`ScatterClipd`), on the device.
-        mask: the strategy's mask transform, fixed.
+        transforms: to `image` `(channels, X, Y, Z, T)`, `brain` and `mask`, that of the strategy, on the device.
         output_dir: folder of the files.
         hide_by: hide a whole "group" at a time (8 passes per clip), or a "label" (166 passes).
         atlas: label image; None: AAL3v1, 1 mm.
@@ -164,9 +162,9 @@ def evaluate_reconstruction(
     own = {"masked_mse": MaskedMSE(), "temporal_r2": TemporalR2()}
     tables = []
     for position in tqdm(range(len(clips)), desc="rebuild regions", unit="clip"):
-        item = mask(prepare(clips[position]))
-        image = item["image"].as_tensor().movedim(0, -1)[None, None].contiguous()  # (1, 1, X, Y, Z, T)
-        target = {"image": image, "mask": item["mask"].as_tensor()[None]}
+        item = prepare(clips[position])
+        image = item["image"].as_tensor()[None].contiguous()  # (1, channels, X, Y, Z, T)
+        target = {"image": image[:, -1:], "mask": item["mask"].as_tensor()[None]}
         prediction = inferer(image, network, target["mask"])
         for metric in own.values():
             metric.update((prediction, target))

@@ -36,7 +36,7 @@ from bundle.errors import InputError
 from bundle.evaluation.subjects import write_test_scores
 from bundle.files import write_json, write_text
 from bundle.preparation.motion import MOTION_COLUMNS, mean_fd_in
-from bundle.preparation.store import read_clip, read_manifest, read_voxels
+from bundle.preparation.store import read_manifest, read_values, read_voxels
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def region_series(store: str | Path, run: dict, atlas: Atlas) -> pd.DataFrame:
     numbers, counts = np.unique(labels[labels > 0], return_counts=True)
     numbers = numbers[counts >= FEWEST_VOXELS]
     kept = np.where(np.isin(labels, numbers), labels, 0).astype(np.int32)
-    frames = read_clip(store, run["run_id"], 0, run["frames"]).astype(np.float32).T  # (T, V) -> (V, T)
+    frames = read_values(store, run["run_id"], 0, run["frames"]).T  # (T, V) -> (V, T)
     masker = NiftiLabelsMasker(
         nib.Nifti1Image(kept[:, None, None], np.eye(4)), standardize=False, resampling_target=None
     )

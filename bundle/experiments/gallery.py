@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import REGIONS, Regions, labels_on, load_atlas
+from bundle.data.normalisation import Normalisation
 from bundle.data.splits import load_splits
 from bundle.data.transforms import ReadClipd, ScatterClipd, TimeLastd
 from bundle.errors import InputError
@@ -71,13 +72,13 @@ def draw_method(store: str | Path, run_id: str, checkpoint: str | Path, png: str
     config = facts["config"]
     network = MaskedAutoencoder(**facts["network"], mask_token=config["mask_token"]).eval()
     network.load_state_dict(saved["network"])
-    clip = _clip(store, run_id, config["frames"])
+    clip = _clip(store, run_id, config["frames"], Normalisation(**facts["normalisation"]))
     mask = AAL3ROIMaskd("image", config["regions"])(clip)["mask"]
     with torch.no_grad():
         rebuilt = network(clip["image"].as_tensor()[None], mask.as_tensor()[None])[0]
     frame = config["frames"] // 2
     hidden = mask[0].numpy().astype(bool)
-    original, prediction = (image[0, ..., frame].numpy() for image in (clip["image"], rebuilt))
+    original, prediction = (image[-1, ..., frame].numpy() for image in (clip["image"], rebuilt))
     brain = clip["brain"][0].numpy().astype(bool)
     low, high = original[brain].min(), np.percentile(original[brain], 99)
     original = np.where(brain, original, low)
@@ -141,7 +142,7 @@ def draw_kinds(store: str | Path, run_id: str, png: str | Path, regions: Regions
         png: picture to write.
         regions: for the kinds that take some.
     """
-    clip = _clip(store, run_id, frames=20)
+    clip = _clip(store, run_id, 20, Normalisation("voxel", sd_floor=0.1, clip=5.0))  # of which only the brain is used
     mean, brain = mean_bold(store, run_id).get_fdata(), clip["brain"][0].numpy().astype(bool)
     figure = Figure(figsize=(12, 4.9), facecolor="black", layout="constrained")
     axes = figure.subplots(2, len(KINDS))
@@ -169,10 +170,10 @@ def _mask_of(kind: str, regions: Regions) -> AAL3ROIMaskd:
     return config.get_parsed_content("mask")
 
 
-def _clip(store: str | Path, run_id: str, frames: int) -> dict:
-    """The first clip of a run: "image" (1, X, Y, Z, T) and "brain" (1, X, Y, Z)."""
+def _clip(store: str | Path, run_id: str, frames: int, normalisation: Normalisation) -> dict:
+    """The first clip of a run: "image" (channels, X, Y, Z, T) and "brain" (1, X, Y, Z)."""
     item = ReadClipd(store, frames)({"run_id": run_id, "start": 0})
-    return TimeLastd("image")(ScatterClipd()(item))
+    return TimeLastd("image")(ScatterClipd(normalisation)(item))
 
 
 def _plane(volume: NDArray, axis: int, index: int) -> NDArray:

@@ -118,11 +118,11 @@ class MaskedAutoencoder(nn.Module):
         """Reconstruct every voxel of an image from its tokens that are not hidden.
 
         Args:
-            image: (B, 1, X, Y, Z, T).
+            image: (B, in_channels, X, Y, Z, T).
             mask: bool, True where masked, (B, 1, X, Y, Z) for all frames or (B, 1, X, Y, Z, T).
 
         Returns:
-            The reconstruction, (B, 1, X, Y, Z, T).
+            The reconstruction of the image's last channel, (B, 1, X, Y, Z, T).
 
         Raises:
             InputError: a shape does not fit the network or the image.
@@ -142,7 +142,7 @@ class MaskedAutoencoder(nn.Module):
         return patches.any(-1) if self.hide == "any" else 2 * patches.sum(-1) > patches.shape[-1]
 
     def reconstruct(self, image: Tensor, hidden: Tensor) -> Tensor:
-        """Reconstruct (B, 1, X, Y, Z, T) with tokens hidden where `hidden` (B, x, y, z, T or 1) is True."""
+        """Reconstruct the last channel of (B, in_channels, X, Y, Z, T); `hidden` is (B, x, y, z, T or 1)."""
         tokens = self.encoder.embed(image)
         brain = self.encoder.brain_tokens(image)
         hidden = self.encoder.mirror(hidden, axis=1).unsqueeze(-1)  # (B, x, y, z, T or 1, 1)

@@ -243,6 +243,8 @@ class SwinMambaEncoder(nn.Module):
     Args:
         image_size: voxels along x, y and z; each a multiple of patch_size * 2 ** (stages - 1).
         frames: the longest clip.
+        in_channels: 1, or 2: the second channel is embedded by weights of its own, which begin at zero, so that
+            weights of a network of one channel give the same result in one of two.
         patch_size: edge of a patch in voxels.
         embed_dim: channels of the first stage; doubled by every later one.
         depths: blocks per stage.
@@ -264,6 +266,7 @@ class SwinMambaEncoder(nn.Module):
         self,
         image_size: Sequence[int] = (96, 96, 96),
         frames: int = 20,
+        in_channels: int = 1,
         patch_size: int = 6,
         embed_dim: int = 36,
         depths: Sequence[int] = (2, 2, 6, 2),
@@ -277,9 +280,12 @@ class SwinMambaEncoder(nn.Module):
         super().__init__()
         stages = len(depths)
         _check_arguments(image_size, patch_size * 2 ** (stages - 1), window_size, first_window_size, orientation)
+        if in_channels not in (1, 2):
+            raise InputError(f"in_channels must be 1 or 2, not {in_channels}.")
         self.size = {  # what two networks must share to exchange weights and mean the same by them; fit for JSON
             "image_size": list(image_size),
             "frames": frames,
+            "in_channels": in_channels,
             "patch_size": patch_size,
             "embed_dim": embed_dim,
             "depths": list(depths),
@@ -290,6 +296,7 @@ class SwinMambaEncoder(nn.Module):
         }
         self.image_size = tuple(image_size)
         self.frames = frames
+        self.in_channels = in_channels
         self.patch_size = patch_size
         self.grid = tuple(size // patch_size for size in image_size)
         self.channels = embed_dim * 2 ** (stages - 1)  # of the result
@@ -299,6 +306,9 @@ class SwinMambaEncoder(nn.Module):
         self.orientation = orientation
         self.skip_background = skip_background
         self.patch_embedding = nn.Linear(patch_size**3, embed_dim)
+        if in_channels == 2:
+            self.second_embedding = nn.Linear(patch_size**3, embed_dim, bias=False)
+            nn.init.zeros_(self.second_embedding.weight)
         self.stages = nn.ModuleList()
         for i, depth in enumerate(depths):
             grid = [size // 2**i for size in self.grid]
@@ -312,7 +322,7 @@ class SwinMambaEncoder(nn.Module):
             self.stages.append(EncoderStage(channels, grid, frames, stack, merge=not last))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Encode (B, 1, X, Y, Z, T), T at most `frames`, to features (B, channels, x, y, z, T).
+        """Encode (B, in_channels, X, Y, Z, T), T at most `frames`, to features (B, channels, x, y, z, T).
 
         Raises:
             InputError: the shape does not fit the network.
@@ -321,25 +331,30 @@ class SwinMambaEncoder(nn.Module):
         return self.mirror(features, axis=1).permute(0, 5, 1, 2, 3, 4)
 
     def embed(self, image: Tensor) -> Tensor:
-        """Turn (B, 1, X, Y, Z, T) into tokens (B, x, y, z, T, c) in the orientation of the weights."""
+        """Turn (B, in_channels, X, Y, Z, T) into tokens (B, x, y, z, T, c) in the orientation of the weights."""
         image = plain(image)
-        expected = (1, *self.image_size)
+        expected = (self.in_channels, *self.image_size)
         if image.ndim != 6 or image.shape[1:5] != expected or not 1 <= image.shape[5] <= self.frames:
             raise InputError(
                 f"The network takes images (B, {', '.join(map(str, expected))}, T) with T from 1 to "
-                f"{self.frames}, not {tuple(image.shape)}; change the image or the network's image_size and frames."
+                f"{self.frames}, not {tuple(image.shape)}; change the image or the network's image_size, frames and "
+                "in_channels."
             )
-        return self.patch_embedding(split_patches(self.mirror(image, axis=2), self.patch_size))
+        image = self.mirror(image, axis=2)
+        tokens = self.patch_embedding(split_patches(image[:, :1], self.patch_size))
+        if self.in_channels == 2:
+            tokens = tokens + self.second_embedding(split_patches(image[:, 1:], self.patch_size))
+        return tokens
 
     def brain_tokens(self, image: Tensor) -> Tensor | None:
-        """Where the images (B, 1, X, Y, Z, T) hold brain, bool (x, y, z), or None if windows are not skipped.
+        """Where the images (B, in_channels, X, Y, Z, T) hold brain, bool (x, y, z), or None if windows are not skipped.
 
         The background holds one value at all its voxels and frames, so a patch with two values has brain. The
         result is the union over the batch, in the orientation of the weights.
         """
         if not self.skip_background:
             return None
-        patches = split_patches(self.mirror(image, axis=2), self.patch_size)  # (b, x, y, z, t, voxels)
+        patches = split_patches(self.mirror(image[:, :1], axis=2), self.patch_size)  # (b, x, y, z, t, voxels)
         return (patches != patches[:, :, :, :, :1, :1]).flatten(4).any(-1).any(0)
 
     def encode(self, tokens: Tensor, brain: Tensor | None = None) -> Tensor:

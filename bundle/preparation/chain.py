@@ -45,8 +45,7 @@ class Preparation:
             "grid_affine": grid.AFFINE.tolist(),
             "interpolation": "linear in world space and in time",
             "background": f"the given brain mask, else {CONSTANT}",
-            "scaling": "z over all brain voxels and frames, population SD",
-            "fill": "least z of the run",
+            "scaling": "each voxel by its mean and population SD over the run; these, and the whole run's, are kept",
             "dtype": "float16",
         }
 

@@ -14,7 +14,7 @@ from nilearn import plotting
 from bundle.anatomy import atlas, grid
 from bundle.anatomy.parcels import dense
 from bundle.files import write_bytes
-from bundle.preparation.store import read_clip, read_run, read_voxels
+from bundle.preparation.store import read_moments, read_voxels
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 
@@ -30,8 +30,8 @@ def stored_picture(store: str | Path, run_id: str) -> bytes:
     """
     path = Path(store) / "runs" / run_id / "picture.webp"
     if not path.is_file():
-        frames = read_clip(store, run_id, 0, read_run(store, run_id)["frames"])  # (T, V)
-        write_bytes(path, picture(frames.mean(axis=0, dtype=np.float32), read_voxels(store, run_id)))
+        mean, _ = read_moments(store, run_id)
+        write_bytes(path, picture(mean, read_voxels(store, run_id)))
     return path.read_bytes()
 
 

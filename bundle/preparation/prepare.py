@@ -256,7 +256,7 @@ def prepared_item(run: Run, identity: Mapping[str, Any], preparation: Preparatio
         preparation: parameters.
 
     Returns:
-        "bold" (T, V) float16 z, "voxels" (V,), "fill", and "record", as in run.json.
+        "bold" (T, V) float16 z, "voxels" (V,), "moments" (2, V), and "record", as in run.json.
 
     Raises:
         InputError: the run cannot be used (`ExcludedError`: it is left out by choice).

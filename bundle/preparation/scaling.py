@@ -1,6 +1,8 @@
 """Frames in the brain, (T, V): to another TR, and to z."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,25 +43,38 @@ def resample_tr(frames: NDArray[np.float32], tr: float, new_tr: float) -> NDArra
     return out
 
 
-def zscore(frames: NDArray[np.float32]) -> tuple[NDArray[np.float16], float, float]:
-    """Scale a run by the mean and population SD over all its voxels and frames: z = (x - mean) / SD.
+def zscore(frames: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float64], float, float]:
+    """Scale each voxel by its own mean and population SD over the run: z = (x - mean) / SD.
 
     Args:
         frames: (T, V) in any unit; negative values are as good as others.
 
     Returns:
-        z (T, V) as float16 (a step of at most 0.001 for |z| < 2), the mean and the SD in the frames' unit,
-        both accumulated in float64.
+        z (T, V) as float16 (a step of at most 0.1 % of the voxel's SD for |z| < 2), 0 where a voxel does not vary;
+        moments (2, V), each voxel's mean and SD in the frames' unit, SD 0 where it does not vary; and the mean and
+        the SD over all voxels and frames. All are accumulated in float64.
 
     Raises:
         InputError: the values are all the same.
     """
-    mean = float(frames.mean(dtype=np.float64))
-    squares = sum(float(np.square(frame.astype(np.float64) - mean).sum()) for frame in frames)
-    sd = math.sqrt(squares / frames.size)
-    if sd <= 1e-6 * abs(mean):  # beyond float32: what varies is rounding
-        raise InputError(f"every value in the brain is {mean:g} (SD {sd:g}); the run holds no signal")
+    mean = frames.mean(0, dtype=np.float64)  # (V,)
+    squares = np.zeros_like(mean)
+    for frame in frames:
+        squares += np.square(frame - mean)
+    sd = np.sqrt(squares / len(frames))
+    sd[sd <= 1e-6 * np.abs(mean)] = 0  # beyond float32: what varies is rounding
+    whole_mean = float(mean.mean())
+    whole_sd = math.sqrt(float(np.mean(np.square(sd) + np.square(mean - whole_mean))))
+    if whole_sd <= 1e-6 * abs(whole_mean):
+        raise InputError(f"every value in the brain is {whole_mean:g} (SD {whole_sd:g}); the run holds no signal")
+    step = np.divide(1, sd, out=np.zeros_like(sd), where=sd > 0)
     z = np.empty(frames.shape, np.float16)
     for out, frame in zip(z, frames, strict=True):
-        out[:] = (frame.astype(np.float64) - mean) / sd
-    return z, mean, sd
+        out[:] = (frame - mean) * step
+    return z, np.stack([mean, sd]), whole_mean, whole_sd
+
+
+def run_moments(moments: NDArray[np.float64], record: Mapping[str, Any]) -> NDArray[np.float32]:
+    """Each voxel's mean and SD (2, V) in units of the run's z: over all of its voxels and frames."""
+    mean, sd = moments
+    return np.stack([(mean - record["mean"]) / record["sd"], sd / record["sd"]]).astype(np.float32)

@@ -1,9 +1,10 @@
 """The prepared store: one folder per run, written whole or not at all, read in clips.
 
 store/manifest.json             every run's record, rebuilt from the folders
-store/runs/<run_id>/frames.npy  (T, V) float16, z-scored, brain voxels only
+store/runs/<run_id>/frames.npy  (T, V) float16, each brain voxel by its own mean and SD over the run
+store/runs/<run_id>/moments.npy (2, V) float64, these means and SDs, in the file's units
 store/runs/<run_id>/voxels.npy  (V,) int32, flat C-order indices into `grid.SHAPE`
-store/runs/<run_id>/run.json    the run's record: participant, provenance, mean, SD, fill, coverage
+store/runs/<run_id>/run.json    the run's record: participant, provenance, mean and SD of the whole run, fill, coverage
 store/runs/<run_id>/picture.webp  where one was asked for, the run's mean with contours of its brain and the regions
 """
 
@@ -23,7 +24,7 @@ from bundle.files import UNFINISHED, host_name, is_alive, remove_path, unfinishe
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _CHUNK_FRAMES = 64
 
 
@@ -38,14 +39,21 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
-def write_run(store: str | Path, record: dict, frames: NDArray[np.float16], voxels: NDArray[np.integer]) -> None:
+def write_run(
+    store: str | Path,
+    record: dict,
+    frames: NDArray[np.float16],
+    voxels: NDArray[np.integer],
+    moments: NDArray[np.float64],
+) -> None:
     """Write one run so that a reader sees all of it or nothing, replacing an earlier version.
 
     Args:
         store: the store's folder, made if absent.
         record: what run.json will hold; needs "run_id".
-        frames: (T, V) z-scored.
+        frames: (T, V), each voxel z-scored over the run (see `scaling.zscore`).
         voxels: (V,) flat C-order indices into `grid.SHAPE`.
+        moments: (2, V) mean and SD of each voxel, in the file's units.
 
     Raises:
         WriteError: the disk is full, read-only or forbidden; nothing half-written is left.
@@ -55,6 +63,7 @@ def write_run(store: str | Path, record: dict, frames: NDArray[np.float16], voxe
         folder.mkdir(parents=True)
         _save_rows(folder / "frames.npy", frames)
         np.save(folder / "voxels.npy", voxels.astype(np.int32))
+        np.save(folder / "moments.npy", moments.astype(np.float64))
         (folder / "run.json").write_text(_json(record), encoding="utf-8")
         _move_into_place(folder, target)
 
@@ -100,7 +109,7 @@ def read_manifest(store: str | Path) -> dict[str, Any]:
     """Read what the store holds.
 
     Returns:
-        {"format": 1, "parameters": {...}, "parameters_hash": str, "runs": [run.json, ...] sorted by run id}.
+        {"format": 2, "parameters": {...}, "parameters_hash": str, "runs": [run.json, ...] sorted by run id}.
 
     Raises:
         InputError: there is no store, it has another format, or its runs' preparation parameters differ.
@@ -146,6 +155,11 @@ def read_voxels(store: str | Path, run_id: str) -> NDArray[np.int32]:
     return np.array(_open_array(_folder(store, run_id), "voxels.npy"))
 
 
+def read_moments(store: str | Path, run_id: str) -> NDArray[np.float64]:
+    """Read each voxel's mean and SD over the run, (2, V), in the file's units."""
+    return np.array(_open_array(_folder(store, run_id), "moments.npy"))
+
+
 def read_clip(store: str | Path, run_id: str, start: int, frames: int) -> NDArray[np.float16]:
     """Read some frames of a run, and only these from the disk.
 
@@ -156,7 +170,7 @@ def read_clip(store: str | Path, run_id: str, start: int, frames: int) -> NDArra
         frames: how many.
 
     Returns:
-        (frames, V) float16, z-scored.
+        (frames, V) float16, each voxel z-scored over the run.
 
     Raises:
         InputError: no such run, or the run has no such frames.
@@ -169,6 +183,12 @@ def read_clip(store: str | Path, run_id: str, start: int, frames: int) -> NDArra
     return np.array(rows[start : start + frames])
 
 
+def read_values(store: str | Path, run_id: str, start: int, frames: int) -> NDArray[np.float32]:
+    """Read some frames of a run, (frames, V), in the units of the file it came from; see `read_clip`."""
+    mean, sd = read_moments(store, run_id)
+    return (read_clip(store, run_id, start, frames) * sd + mean).astype(np.float32)
+
+
 def count_frames(store: str | Path, run_id: str) -> int:
     """The number of frames of a stored run."""
     return len(_open_array(_folder(store, run_id), "frames.npy"))
@@ -178,11 +198,12 @@ def is_intact(store: str | Path, record: dict) -> bool:
     """Whether a run's arrays are there in full and have the shapes that its record says."""
     folder = Path(store) / "runs" / record["run_id"]
     try:
-        frames, voxels = _open_array(folder, "frames.npy"), _open_array(folder, "voxels.npy")
+        frames, voxels, moments = (_open_array(folder, f"{name}.npy") for name in ("frames", "voxels", "moments"))
     except InputError as error:
         logger.warning("%s", error)
         return False
-    return frames.shape == (record["frames"], record["voxels"]) and voxels.shape == (record["voxels"],)
+    count = record["voxels"]
+    return (frames.shape, voxels.shape, moments.shape) == ((record["frames"], count), (count,), (2, count))
 
 
 def clean_unfinished(store: str | Path) -> None:

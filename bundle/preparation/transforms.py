@@ -190,7 +190,10 @@ class ResampleTRd(MapTransform):
 
 
 class ZScored(MapTransform):
-    """Scale (T, V) frames to z over all voxels and frames, as float16; adds "fill", the run's least z.
+    """Scale (T, V) frames voxel by voxel, as float16; adds "moments" (2, V), each voxel's mean and SD (see `zscore`).
+
+    The record gets "mean" and "sd" over all voxels and frames, and "fill", the least z by these: the z-scores of the
+    published method, which `bundle.data.normalisation` makes from this too.
 
     Args:
         keys: where the frames are.
@@ -204,11 +207,11 @@ class ZScored(MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             try:
-                item[key], mean, sd = zscore(item[key])
+                least = float(item[key].min())
+                item[key], item["moments"], mean, sd = zscore(item[key])
             except InputError as error:
                 raise InputError(f"{item['record']['source']}: {error}") from error
-            item["fill"] = float(item[key].min())
-            item["record"] = item["record"] | {"mean": mean, "sd": sd, "fill": item["fill"]}
+            item["record"] = item["record"] | {"mean": mean, "sd": sd, "fill": (least - mean) / sd}
         return item
 
 
@@ -217,7 +220,7 @@ class StoreRund(MapTransform):
 
     Args:
         folder: the store.
-        keys: where the z-scored frames are; "voxels" and "record" (with a "run_id") go with them.
+        keys: where the frames are; "voxels", "moments" and "record" (with a "run_id") go with them.
     """
 
     def __init__(self, folder: str | Path, keys: KeysCollection = "bold") -> None:
@@ -229,6 +232,6 @@ class StoreRund(MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             item["record"] = item["record"] | {"voxels": len(item["voxels"])}
-            store.write_run(self.folder, item["record"], item[key], item["voxels"])
+            store.write_run(self.folder, item["record"], item[key], item["voxels"], item["moments"])
             item[key] = self.folder / "runs" / item["record"]["run_id"]
         return item

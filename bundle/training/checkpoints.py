@@ -18,6 +18,9 @@ from bundle.training.provenance import TRAINING_ONLY, Provenance
 
 logger = logging.getLogger(__name__)
 
+PUBLISHED_SAYS_NOTHING = ("normalisation#sd_floor", "normalisation#clip")
+"""Of what published weights, which have seen z over the run, know nothing."""
+
 
 class KeepCheckpoints:
     """Trainer's handler: resume from `last.pt` if there is one, then keep `last.pt` and `best.pt`.
@@ -142,7 +145,7 @@ def saved_facts(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, An
             "go through `python -m scripts convert` first"
         )
     facts = json.loads(checkpoint["provenance"]["facts"])
-    if "config" not in facts and "published" not in facts:
+    if ("config" not in facts and "published" not in facts) or "normalisation" not in facts:
         raise InputError(f"{path}: was written by an earlier version, whose settings are not all known; train it again")
     return facts
 
@@ -165,13 +168,19 @@ def load_encoder(encoder: nn.Module, path: str, provenance: Provenance) -> None:
         return
     saved = load_checkpoint(path)
     facts = saved_facts(saved, path)
-    if "published" in facts:
-        logger.warning("%s: published weights; which participants they have seen is not known here", path)
-        provenance.require(facts, path, ["network"])
-    else:
-        provenance.require(facts, path, ["preparation", "splits", "network"])
     prefix = "encoder."
     state = {k.removeprefix(prefix): v for k, v in saved["network"].items() if k.startswith(prefix)}
+    compared = facts
+    if provenance.facts["normalisation"]["mode"] == "both" and facts["normalisation"]["mode"] == "run":
+        logger.warning("%s: has seen z over the run only; the second channel begins at zero", path)
+        state["second_embedding.weight"] = torch.zeros_like(state["patch_embedding.weight"])
+        changed = {"network": {"in_channels": 2}, "normalisation": {"mode": "both"}}
+        compared = facts | {name: facts[name] | new for name, new in changed.items()}
+    if "published" in facts:
+        logger.warning("%s: published weights; which participants they have seen is not known here", path)
+        provenance.require(compared, path, ["network", "normalisation"], ignore=PUBLISHED_SAYS_NOTHING)
+    else:
+        provenance.require(compared, path, ["preparation", "splits", "network", "normalisation"])
     encoder.load_state_dict(state, strict=True)
     provenance.facts["pretraining"] = facts
     logger.info("Loaded the encoder (%d tensors) from %s", len(state), path)

@@ -61,14 +61,7 @@ class TemporalR2(EngineMetric):
     @reinit__is_reduced
     def update(self, output: tuple[Tensor, dict]) -> None:
         """Add a batch: prediction `(B, 1, X, Y, Z, T)` and its `{"image", "mask"}`."""
-        prediction, target = output
-        mask = target["mask"]
-        if mask.ndim == prediction.ndim - 1:
-            mask = mask.unsqueeze(-1).expand_as(prediction)
-        voxels = mask.any(dim=-1)  # (B, 1, X, Y, Z)
-        y = _around_mean(target["image"][voxels])  # (B, 1, X, Y, Z, T) -> (V, T)
-        p = _around_mean(prediction.detach()[voxels])
-        hidden = mask[voxels]
+        y, p, hidden, _ = _hidden_courses(*output)
         self._residual += (y - p)[hidden].square().sum().cpu()
         self._total += y[hidden].square().sum().cpu()
 
@@ -78,6 +71,65 @@ class TemporalR2(EngineMetric):
         if float(self._total) == 0:
             return float("nan")
         return float(1 - self._residual / self._total)
+
+
+class RegionTemporalR2(EngineMetric):
+    """`TemporalR2` of each region's hidden voxels, as metrics of their own: `val_temporal_r2_limbic` and so on.
+
+    Regions that are never hidden have none. With normalisation by voxel it is how well a region's time courses follow
+    from the rest of the brain.
+
+    Args:
+        regions: the regions, as in `CurriculumMaskd`.
+        atlas: label image; None: AAL3v1, 1 mm.
+        prefix: of the metrics' names.
+    """
+
+    _state_dict_all_req_keys = ("_residual", "_total")
+
+    def __init__(
+        self,
+        regions: Sequence[str | int] = tuple(REGIONS),
+        atlas: str | Path | None = None,
+        prefix: str = "val_temporal_r2_",
+    ) -> None:
+        self.names = [f"{prefix}{region}" for region in regions]
+        self.index = torch.from_numpy(region_index(regions, atlas))
+        super().__init__()
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        """Start a new epoch."""
+        self._residual = torch.zeros(len(self.names) + 1, dtype=torch.float64)
+        self._total = torch.zeros(len(self.names) + 1, dtype=torch.float64)
+
+    @reinit__is_reduced
+    def update(self, output: tuple[Tensor, dict]) -> None:
+        """Add a batch: prediction `(B, 1, X, Y, Z, T)` on the fixed grid, and its `{"image", "mask"}`."""
+        y, p, hidden, voxels = _hidden_courses(*output)
+        index = self.index.to(voxels.device).expand_as(voxels[:, 0])[voxels[:, 0]]  # (V,)
+        for total, squares in ((self._residual, (y - p).square()), (self._total, y.square())):
+            total += torch.bincount(index, (squares * hidden).sum(-1), minlength=len(total)).cpu()
+
+    @sync_all_reduce("_residual", "_total")
+    def compute(self) -> dict[str, float]:
+        """Return R^2 of each region that was hidden and varies."""
+        rows = zip(self.names, self._residual[1:].tolist(), self._total[1:].tolist(), strict=True)
+        return {name: 1 - residual / total for name, residual, total in rows if total}
+
+
+def _hidden_courses(prediction: Tensor, target: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Courses (V, T) around their mean of the voxels that are hidden at any frame: true, predicted, whether hidden.
+
+    Returns:
+        These three, and which voxels they are, bool (B, 1, X, Y, Z).
+    """
+    mask = target["mask"]
+    if mask.ndim == prediction.ndim - 1:
+        mask = mask.unsqueeze(-1).expand_as(prediction)
+    voxels = mask.any(dim=-1)
+    y = _around_mean(target["image"][voxels])  # (B, 1, X, Y, Z, T) -> (V, T)
+    return y, _around_mean(prediction.detach()[voxels]), mask[voxels], voxels
 
 
 def _around_mean(series: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ class ReconstructionImages:
         """Draw the first clip of the epoch's last batch."""
         output: Any = engine.state.output
         if idist.get_rank() == 0:
-            panel = reconstruction_panel(output["image"][0, 0], output["pred"][0, 0], output["label"]["mask"][0, 0])
+            panel = reconstruction_panel(
+                output["label"]["image"][0, 0], output["pred"][0, 0], output["label"]["mask"][0, 0]
+            )
             self.writer.add_image("original | masked | reconstructed", panel, engine.state.epoch, dataformats="HW")
 
 

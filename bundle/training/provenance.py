@@ -120,16 +120,19 @@ def entries(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from entries(value, f"{name}#{key}" if name else str(key))
 
 
-def training_provenance(store: str | Path, splits_file: str | Path, network: Mapping[str, Any]) -> Provenance:
+def training_provenance(
+    store: str | Path, splits_file: str | Path, network: Mapping[str, Any], normalisation: Mapping[str, Any]
+) -> Provenance:
     """Facts of a training: the config that asks for this, and the data that it names.
 
     Args:
         store: the prepared store: its preparation, its brain masks, and the content of its runs.
         splits_file: the split file.
         network: sizes of the encoder, `SwinMambaEncoder.size`.
+        normalisation: units of what the network sees, `Normalisation.facts`.
 
     Returns:
-        `config` (see `resolved_config`), `preparation`, `brain_masks`, `data`, `splits`, `network` and
+        `config` (see `resolved_config`), `preparation`, `brain_masks`, `data`, `splits`, `network`, `normalisation` and
         `processes` (the number of processes that share a training step).
     """
     manifest = read_manifest(store)
@@ -140,6 +143,7 @@ def training_provenance(store: str | Path, splits_file: str | Path, network: Map
         data=_content_of(manifest["runs"]),
         splits=load_splits(splits_file)["sha256"],
         network=dict(network),
+        normalisation=dict(normalisation),
         processes=idist.get_world_size(),
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from bundle.anatomy import grid
 from bundle.data.batches import PrepareBatch, keep_items
 from bundle.data.clips import clips
+from bundle.data.normalisation import Normalisation
 from bundle.data.transforms import ReadClipd, ScatterClipd, TimeLastd
 from bundle.networks.mamba import STATES
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
@@ -141,9 +142,10 @@ def synthetic_store(folder: Path, runs: int = 4, frames: int = 200, quick: bool 
     records = []
     for number in range(runs):
         name = f"sub-{number:02d}"
-        record = {"run_id": name, "participant_id": name, "fill": -2.0, "frames": frames}
+        record = {"run_id": name, "participant_id": name, "fill": -2.0, "frames": frames, "mean": 0.0, "sd": 1.0}
         values = draw.standard_normal((frames, len(voxels)), dtype=np.float32).astype(np.float16)
-        write_run(folder, json.loads(json.dumps(record)), values, voxels)
+        moments = np.stack([draw.standard_normal(len(voxels)), np.full(len(voxels), 0.02)])  # anatomy, and a tSNR of 50
+        write_run(folder, json.loads(json.dumps(record)), values, voxels, moments)
         records.append(record)
     return clips(records)
 
@@ -153,7 +155,7 @@ def read_all(
 ) -> Callable:
     """A function that reads every clip with the training's loader and, if dense, makes batches on the device."""
     loader = DataLoader(Dataset(items, ReadClipd(folder)), batch_size=batch, num_workers=workers, collate_fn=keep_items)
-    prepare = PrepareBatch([ScatterClipd(device), TimeLastd()])
+    prepare = PrepareBatch([ScatterClipd(Normalisation("run", sd_floor=0.1, clip=5.0), device), TimeLastd()])
 
     def run() -> None:
         for batch_items in loader:

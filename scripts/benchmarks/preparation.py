@@ -91,8 +91,9 @@ def by_nilearn(folder: Path, out: Path) -> None:
     )  # fmt: skip
     brain = mask.get_fdata() > 0
     frames = resample_tr(np.ascontiguousarray(image.get_fdata(dtype=np.float32)[brain].T), TR, 0.8)
-    z, mean, sd = zscore(frames)
-    store.write_run(out, {"run_id": "sub-01", "mean": mean, "sd": sd, "frames": len(z)}, z, np.flatnonzero(brain))
+    z, moments, mean, sd = zscore(frames)
+    record = {"run_id": "sub-01", "mean": mean, "sd": sd, "frames": len(z)}
+    store.write_run(out, record, z, np.flatnonzero(brain), moments)
 
 
 def published(folder: Path, out: Path) -> None:
@@ -139,9 +140,9 @@ def error_of(out: Path) -> float:
             rows.append(frame.reshape(-1)[chosen].double().numpy())
         values = np.stack(rows)
     else:
-        scale = store.read_run(out, "sub-01")
-        voxels = store.read_voxels(out, "sub-01")
-        values = store.read_clip(out, "sub-01", 0, scale["frames"])[:, np.searchsorted(voxels, chosen)].astype(float)
+        scale = {"mean": 0.0, "sd": 1.0}
+        voxels, frames = store.read_voxels(out, "sub-01"), store.count_frames(out, "sub-01")
+        values = store.read_values(out, "sub-01", 0, frames)[:, np.searchsorted(voxels, chosen)].astype(float)
     places = nib.affines.apply_affine(grid.AFFINE, np.stack(np.unravel_index(chosen, grid.SHAPE), axis=1))
     true = field(places, np.arange(len(values)) * 0.8)
     return float(np.sqrt(np.mean((values * scale["sd"] + scale["mean"] - true) ** 2)))

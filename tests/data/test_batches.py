@@ -9,11 +9,12 @@ import torch
 
 from bundle.data.batches import PrepareBatch, keep_items, reseed
 from bundle.data.clips import split_clips
+from bundle.data.normalisation import Normalisation
 from bundle.data.splits import _hash, make_splits, save_splits
 from bundle.data.transforms import ReadClipd, ScatterClipd, TimeLastd
 from bundle.errors import InputError
 from bundle.masking.transforms import AAL3ROIMaskd, RandomTokenMaskd
-from bundle.preparation.store import read_clip, read_manifest, read_voxels, write_manifest, write_record
+from bundle.preparation.store import read_manifest, read_run, read_values, read_voxels, write_manifest, write_record
 
 
 def test_sets_hold_their_own_participants_and_every_clip_once(store: Path):
@@ -102,10 +103,13 @@ def test_a_split_file_of_other_participants_is_refused(store: Path, tmp_path: Pa
         split_clips(store, tmp_path / "s.json", "train")
 
 
+RUN = Normalisation("run", sd_floor=0.1, clip=5.0)
+
+
 def batch_of(store: Path, *masks: object, count: int = 2) -> tuple:
     items = split_clips(store, store / "splits.json", "train", frames=4, labelled=True)[:count]
     read = ReadClipd(store, frames=4)
-    prepare = PrepareBatch([ScatterClipd(), *masks, TimeLastd()])
+    prepare = PrepareBatch([ScatterClipd(RUN), *masks, TimeLastd()])
     return items, prepare(keep_items([read(item) for item in items]))
 
 
@@ -117,9 +121,10 @@ def test_a_batch_holds_the_stored_frames_at_their_voxels(store: Path):
     assert target["participant_id"] == [item["participant_id"] for item in items]
     assert target["label"].tolist() == [[item["label"]] for item in items]
     for i, item in enumerate(items):
-        frames, voxels = read_clip(store, item["run_id"], item["start"], 4), read_voxels(store, item["run_id"])
+        values, record = read_values(store, item["run_id"], item["start"], 4), read_run(store, item["run_id"])
+        frames, voxels = (values - record["mean"]) / record["sd"], read_voxels(store, item["run_id"])
         dense = image[i, 0].reshape(-1, 4).numpy()  # (X Y Z, T)
-        np.testing.assert_array_equal(dense[voxels], frames.T.astype(np.float32))
+        np.testing.assert_allclose(dense[voxels], frames.T, atol=1e-5)
         assert len(np.unique(np.delete(dense, voxels, axis=0))) == 1
 
 
@@ -143,7 +148,7 @@ def test_reseeding_repeats_an_epoch_and_another_seed_does_not(store: Path):
 
     def draws(seed: int) -> tuple[list[int], torch.Tensor]:
         reseed([read, mask], seed)
-        return [read(item)["start"] for _ in range(8)], mask(ScatterClipd()(read(item)))["mask"]
+        return [read(item)["start"] for _ in range(8)], mask(ScatterClipd(RUN)(read(item)))["mask"]
 
     first, again, other = draws(1), draws(1), draws(2)
     assert first[0] == again[0]
@@ -168,15 +173,31 @@ def test_a_frozen_encoder_sees_every_clip_once_and_it_is_read_once(store: Path):
         seen.append(image.shape)
         return image.mean(dim=(2, 3, 4, 5)).expand(-1, 5)
 
-    prepare = PrepareBatch([reading, ScatterClipd(), TimeLastd()], encode)
+    prepare = PrepareBatch([reading, ScatterClipd(RUN), TimeLastd()], encode)
     features, target, arguments, _ = prepare(batch)
     again, swapped, *_ = prepare([batch[2], batch[0]])
     assert seen == [(1, 1, 96, 96, 96, 4)] * 3
     assert reads == [item["run_id"] for item in items]
-    images, expected, *_ = PrepareBatch([ScatterClipd(), TimeLastd()])(keep_items([read(item) for item in items]))
+    images, expected, *_ = PrepareBatch([ScatterClipd(RUN), TimeLastd()])(keep_items([read(item) for item in items]))
     torch.testing.assert_close(features, images.mean(dim=(2, 3, 4, 5)).expand(-1, 5))
     assert torch.equal(again, features[[2, 0]])
     assert torch.equal(target["label"], expected["label"])
     assert target["participant_id"] == expected["participant_id"]
     assert swapped["participant_id"] == [items[2]["participant_id"], items[0]["participant_id"]]
     assert arguments == ()
+
+
+def test_two_channels_are_stacked_and_the_last_one_is_the_target_and_takes_the_mask(store: Path):
+    items = split_clips(store, store / "splits.json", "train", frames=4, labelled=True)[:2]
+    read = ReadClipd(store, frames=4)
+    made = {}
+    for mode in ("run", "voxel", "both"):
+        scatter = ScatterClipd(Normalisation(mode, sd_floor=0.1, clip=5.0))
+        prepare = PrepareBatch([scatter, AAL3ROIMaskd("image", ["limbic"]), TimeLastd()])
+        made[mode] = prepare(keep_items([read(item) for item in items]))
+    image, target, (mask,), _ = made["both"]
+    assert image.shape == (2, 2, 96, 96, 96, 4)
+    assert torch.equal(image[:, :1], made["run"][0])
+    assert torch.equal(image[:, 1:], made["voxel"][0])
+    assert torch.equal(target["image"], made["voxel"][0])
+    assert torch.equal(mask, made["run"][2][0])

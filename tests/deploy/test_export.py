@@ -13,12 +13,16 @@ from nilearn.image import resample_img
 from small_runs import coarse_signal, run_of, save_bold
 
 from bundle.anatomy import grid
+from bundle.data.normalisation import Normalisation
+from bundle.data.transforms import ReadClipd, ScatterClipd, TimeLastd
 from bundle.deploy.export import export_run, to_nifti
 from bundle.errors import InputError
 from bundle.preparation import store
 from bundle.preparation.bold import open_bold
 from bundle.preparation.chain import load_preparation
 from bundle.preparation.prepare import prepare
+from bundle.training.checkpoints import save_checkpoint
+from bundle.training.provenance import Provenance
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,9 @@ def test_a_part_of_a_run_in_z(prepared):
     folder, _ = prepared
     export_run(folder / "store", "sub-01", folder / "part.nii", units="z", start=5, frames=3)
     values = nib.load(folder / "part.nii").get_fdata().reshape(-1, 3)[store.read_voxels(folder / "store", "sub-01")]
-    assert np.array_equal(values.T, store.read_clip(folder / "store", "sub-01", 5, 3).astype(float))
+    record = store.read_run(folder / "store", "sub-01")
+    expected = (store.read_values(folder / "store", "sub-01", 5, 3) - record["mean"]) / record["sd"]
+    np.testing.assert_allclose(values.T, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("ending", ["npy", "pt"])
@@ -135,3 +141,21 @@ def test_what_cannot_be_exported_is_said(prepared, monkeypatch, changes, words):
     monkeypatch.chdir(folder)
     with pytest.raises(InputError, match=words):
         export_run(**({"folder": "store", "run_id": "sub-01", "path": "bad.nii"} | changes))
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("mode", ["run", "voxel", "both"])
+def test_what_a_network_would_rebuild_perfectly_exports_to_the_runs_own_values(prepared, tmp_path, mode, per_frame):
+    """In the units of its normalisation, which the network's checkpoint knows."""
+    folder, _ = prepared
+    normalisation = Normalisation(mode, sd_floor=0.1, clip=50.0, per_frame=per_frame)
+    facts = Provenance(config={}, normalisation=normalisation.facts())
+    save_checkpoint({"network": torch.nn.Linear(1, 1), "provenance": facts}, tmp_path / "best.pt")
+    clip = ReadClipd(folder / "store", frames=3)({"run_id": "sub-01", "start": 5})
+    perfect = TimeLastd()(ScatterClipd(normalisation)(clip))["image"].as_tensor()[-1]
+    torch.save(perfect, tmp_path / "rebuilt.pt")
+    given = {"start": 5, "array": tmp_path / "rebuilt.pt", "checkpoint": tmp_path / "best.pt"}
+    export_run(folder / "store", "sub-01", tmp_path / "rebuilt.nii", **given)
+    export_run(folder / "store", "sub-01", tmp_path / "own.nii", start=5, frames=3)
+    rebuilt, own = (nib.load(tmp_path / f"{name}.nii").get_fdata() for name in ("rebuilt", "own"))
+    np.testing.assert_allclose(rebuilt, own, atol=0.02)

@@ -15,7 +15,7 @@ from bundle.preparation.transforms import CONSTANT
 def predictions_of(folder, masks):
     """Predictions for runs with these brain masks, by a model whose training runs had theirs given."""
     runs = [{"run_id": name, "mask_source": mask, "parameters_hash": ""} for name, mask in masks.items()]
-    manifest = {"format": 1, "parameters": {}, "parameters_hash": "", "runs": runs}
+    manifest = {"format": 2, "parameters": {}, "parameters_hash": "", "runs": runs}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "summary.tsv").write_text("run_id\tstatus\treason\n" + "".join(f"{name}\tprepared\t\n" for name in masks))
     return Predictions(folder, folder, {"brain_masks": ["given"]})

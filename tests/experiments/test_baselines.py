@@ -25,7 +25,15 @@ from bundle.experiments.baselines import (
     run_baseline,
     table_classifier,
 )
-from bundle.preparation.store import read_clip, read_manifest, read_run, write_record, write_run
+from bundle.preparation.store import (
+    read_clip,
+    read_manifest,
+    read_moments,
+    read_run,
+    read_values,
+    write_record,
+    write_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,7 @@ def test_series_are_those_of_nilearn_on_the_dense_image(store):
     found = region_series(store, run, atlas)
     voxels, _ = some_voxels(6, 4)
     dense = np.zeros((np.prod(grid.SHAPE), 12), np.float32)
-    dense[voxels] = read_clip(store, run["run_id"], 0, 12).T
+    dense[voxels] = read_values(store, run["run_id"], 0, 12).T
     labels = np.zeros(np.prod(grid.SHAPE), np.int32)
     labels[voxels] = labels_on(atlas, grid.AFFINE, grid.SHAPE).ravel()[voxels]  # in the brain only
     counts = np.bincount(labels)
@@ -60,7 +68,8 @@ def test_a_region_outside_one_brain_is_left_out_for_everyone(store, tmp_path):
     voxels, labels = some_voxels(6, 4)
     keep = labels != labels[0]
     frames = read_clip(copy, run["run_id"], 0, run["frames"])[:, keep]
-    write_run(copy, run | {"voxels": int(keep.sum())}, frames, voxels[keep])
+    moments = read_moments(copy, run["run_id"])[:, keep]
+    write_run(copy, run | {"voxels": int(keep.sum())}, frames, voxels[keep], moments)
     gone = load_atlas().names[int(labels[0])]
     assert gone not in region_series(copy, read_run(copy, run["run_id"]), load_atlas())
     assert run_baseline(

@@ -10,6 +10,7 @@ from bundle.anatomy import grid
 from bundle.anatomy.atlas import labels_on, load_atlas
 from bundle.experiments.signals import group_latents, label_signals
 from bundle.experiments.synthetic import SITES, plan_cohort
+from bundle.preparation.scaling import zscore
 from bundle.preparation.store import write_manifest, write_run
 
 TR = 0.8
@@ -45,10 +46,10 @@ def write_store(
     voxels: np.ndarray,
     seed: int = 0,
 ) -> Path:
-    """A store of the participants of `plan_cohort`, one run each; `signal` gives its frames (T, V), here z-scored."""
+    """A store of the participants of `plan_cohort`, one run each; `signal` gives its frames (T, V), in any unit."""
     for number, subject in enumerate(plan.to_dict("records")):
         values = signal(subject, np.random.default_rng([seed, number]))
-        values = (values - values.mean()) / values.std()
+        z, moments, mean, sd = zscore(values.astype(np.float32))
         name = subject["participant_id"]
         record = {
             "run_id": name,
@@ -61,10 +62,12 @@ def write_store(
             "tr_in": TR,
             "frames": len(values),
             "voxels": len(voxels),
-            "fill": float(values.min()),
+            "mean": mean,
+            "sd": sd,
+            "fill": float((values.min() - mean) / sd),
             "mask_source": str(folder / "derivatives" / "mask.nii.gz"),
             "parameters_hash": "p" * 12,
         }
-        write_run(folder / "store", record, values.astype(np.float16), voxels)
+        write_run(folder / "store", record, z, voxels, moments)
     write_manifest(folder / "store", {"tr": TR}, "p" * 12)
     return folder / "store"

@@ -365,24 +365,32 @@ def test_frames_on_input_frames_are_copies():
 
 @settings(max_examples=30, deadline=None)
 @given(mean=st.floats(-5000, 5000), sd=st.floats(1, 500), seed=st.integers(0, 99))
-def test_z_is_zero_mean_unit_sd_and_can_be_undone(mean, sd, seed):
+def test_each_voxel_has_zero_mean_and_unit_sd_and_can_be_undone(mean, sd, seed):
     frames = np.random.default_rng(seed).normal(mean, sd, (25, 40)).astype(np.float32)
-    z, got_mean, got_sd = zscore(frames)
-    assert z.dtype == np.float16
+    z, moments, got_mean, got_sd = zscore(frames)
+    assert (z.dtype, moments.dtype) == (np.float16, np.float64)
     np.testing.assert_allclose([got_mean, got_sd], [np.mean(frames, dtype=float), np.std(frames, dtype=float)])
+    np.testing.assert_allclose(moments, [frames.mean(0, dtype=float), frames.std(0, dtype=float)])
     # float16 keeps 11 bits: half a step is at most |z| / 2048
-    restored = z.astype(float) * got_sd + got_mean
-    assert np.all(np.abs(restored - frames) <= got_sd * (np.abs(z.astype(float)) / 2048 + 1e-6) + 1e-3)
+    restored = z.astype(float) * moments[1] + moments[0]
+    assert np.all(np.abs(restored - frames) <= moments[1] * (np.abs(z.astype(float)) / 2048 + 1e-6) + 1e-3)
 
 
-def test_z_keeps_a_signal_of_two_hundredths_of_the_sd():
-    """BOLD varies over time by about 0.022 of the run's SD; a global int8 step (0.026) would erase it."""
+def test_z_keeps_a_signal_of_two_thousandths_of_the_anatomys_sd():
+    """Float16 of z over the whole run would keep steps of 0.001 to 0.004: as wide as this signal."""
     anatomy = np.random.default_rng(0).normal(0, 1, 500)
-    course = 0.022 * np.sin(np.arange(60) / 5)
-    z, mean, sd = zscore((anatomy + course[:, None]).astype(np.float32))
-    restored = z.astype(float) * sd + mean - anatomy
-    assert np.corrcoef(restored.mean(axis=1), course)[0, 1] > 0.999
-    assert min(np.corrcoef(restored[:, voxel], course)[0, 1] for voxel in range(500)) > 0.99
+    course = 0.002 * np.sin(np.arange(60) / 5)
+    z, moments, _, _ = zscore((anatomy + course[:, None]).astype(np.float32))
+    restored = z.astype(float) * moments[1] + moments[0] - anatomy
+    assert min(np.corrcoef(restored[:, voxel], course)[0, 1] for voxel in range(500)) > 0.9999
+
+
+def test_a_voxel_that_does_not_vary_is_zero_and_has_its_mean():
+    frames = np.random.default_rng(0).normal(1000, 10, (30, 3)).astype(np.float32)
+    frames[:, 1] = np.float32(1234.5) + np.float32(1e-4) * np.arange(30)  # rounding only
+    z, moments, _, _ = zscore(frames)
+    assert np.array_equal(z[:, 1], np.zeros(30))
+    assert moments[:, 1].tolist() == [pytest.approx(1234.5, abs=2e-3), 0.0]
 
 
 def test_z_of_a_constant_is_refused():

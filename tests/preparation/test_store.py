@@ -28,14 +28,17 @@ def make_run(run_id="sub-01", frames=50, voxels=200, seed=0, **more):
     z = rng.normal(size=(frames, voxels)).astype(np.float16)
     places = np.sort(rng.choice(96**3, voxels, replace=False))
     record = {"run_id": run_id, "frames": frames, "voxels": voxels, "parameters_hash": "hash", "fill": -3.5} | more
-    return record, z, places
+    return record, z, places, rng.normal(1000, 50, (2, voxels))
 
 
 def test_a_run_comes_back_as_written(tmp_path):
-    record, z, places = make_run()
-    store.write_run(tmp_path, record, z, places)
+    record, z, places, moments = make_run()
+    store.write_run(tmp_path, record, z, places, moments)
     assert store.read_run(tmp_path, "sub-01") == record
     assert np.array_equal(store.read_voxels(tmp_path, "sub-01"), places)
+    assert np.array_equal(store.read_moments(tmp_path, "sub-01"), moments)  # float64, as computed
+    values = z[7:9].astype(float) * moments[1] + moments[0]
+    np.testing.assert_allclose(store.read_values(tmp_path, "sub-01", 7, 2), values, rtol=1e-6)
     assert store.count_frames(tmp_path, "sub-01") == 50
     for start, frames in ((0, 50), (0, 20), (7, 20), (30, 20), (49, 1)):
         clip = store.read_clip(tmp_path, "sub-01", start, frames)
@@ -46,8 +49,8 @@ def test_a_run_comes_back_as_written(tmp_path):
 
 
 def test_a_clip_reads_only_its_frames(tmp_path):
-    record, z, places = make_run(frames=2000, voxels=5000)
-    store.write_run(tmp_path, record, z, places)
+    record, z, places, moments = make_run(frames=2000, voxels=5000)
+    store.write_run(tmp_path, record, z, places, moments)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     clip = store.read_clip(tmp_path, "sub-01", 1000, 20)
     assert clip.base is None  # a copy: the file can go away
@@ -83,7 +86,7 @@ def test_manifest_lists_what_is_there(tmp_path):
     written = store.write_manifest(tmp_path, *PARAMETERS)
     manifest = store.read_manifest(tmp_path)
     assert manifest == written
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["parameters"] == {"tr": 0.8}
     assert [run["run_id"] for run in manifest["runs"]] == ["sub-01", "sub-02"]
 
@@ -113,8 +116,8 @@ def test_mixed_parameters_and_other_formats_are_refused(tmp_path):
 
 
 def test_damage_is_noticed(tmp_path):
-    record, z, places = make_run()
-    store.write_run(tmp_path, record, z, places)
+    record, z, places, moments = make_run()
+    store.write_run(tmp_path, record, z, places, moments)
     assert store.is_intact(tmp_path, record)
     frames = tmp_path / "runs/sub-01/frames.npy"
     whole = frames.read_bytes()
@@ -130,8 +133,8 @@ def test_damage_is_noticed(tmp_path):
 
 def test_rewriting_replaces_the_run_and_a_record_alone_leaves_the_frames(tmp_path):
     store.write_run(tmp_path, *make_run(seed=0))
-    record, z, places = make_run(seed=1, frames=30)
-    store.write_run(tmp_path, record, z, places)
+    record, z, places, moments = make_run(seed=1, frames=30)
+    store.write_run(tmp_path, record, z, places, moments)
     assert np.array_equal(store.read_clip(tmp_path, "sub-01", 0, 30), z)
     store.write_record(tmp_path, record | {"site": "B"})
     assert store.read_run(tmp_path, "sub-01")["site"] == "B"
@@ -185,7 +188,7 @@ from bundle.preparation import store
 while True:
     for n in range(3):
         record = {"run_id": f"sub-0{n}", "frames": 400, "voxels": 5000, "parameters_hash": "hash"}
-        store.write_run(sys.argv[1], record, np.full((400, 5000), n, np.float16), np.arange(5000))
+        store.write_run(sys.argv[1], record, np.full((400, 5000), n, np.float16), np.arange(5000), np.ones((2, 5000)))
         print(n, flush=True)
 """
 

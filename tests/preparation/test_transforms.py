@@ -14,11 +14,13 @@ from small_runs import COARSE_AFFINE, coarse_brain, coarse_signal, save_bold, sa
 
 from bundle.anatomy import grid
 from bundle.data.clips import clips
+from bundle.data.normalisation import Normalisation
 from bundle.data.transforms import ReadClipd, ScatterClipd, TakeClipd, TimeLastd
 from bundle.errors import InputError
 from bundle.preparation import store
 from bundle.preparation.transforms import LoadBOLDd, ResampleTRd, StoreRund, ToGridd, ZScored
 
+RUN = Normalisation("run", sd_floor=0.1, clip=5.0)
 PREPARE = (LoadBOLDd(), ToGridd(0.6), ResampleTRd(0.8), ZScored())
 
 
@@ -41,7 +43,7 @@ def prepared(tmp_path_factory):
 
 def test_both_chains_give_the_same_dense_clip(prepared):
     path, _, folder = prepared
-    tail = [ScatterClipd(), TimeLastd()]
+    tail = [ScatterClipd(RUN), TimeLastd()]
     raw = apply([*PREPARE, TakeClipd(), *tail], {"bold": path, "start": 17})
     read = apply([ReadClipd(folder), *tail], {"run_id": "sub-01", "start": 17})
     assert torch.equal(raw["image"].as_tensor(), read["image"].as_tensor())
@@ -50,7 +52,7 @@ def test_both_chains_give_the_same_dense_clip(prepared):
 
 def test_dense_clip_holds_the_run_at_its_voxels_and_the_fill_elsewhere(prepared):
     _, item, folder = prepared
-    clip = ScatterClipd()(ReadClipd(folder)({"run_id": "sub-01", "start": 5}))
+    clip = ScatterClipd(RUN)(ReadClipd(folder)({"run_id": "sub-01", "start": 5}))
     image, brain = clip["image"], clip["brain"]
     assert isinstance(image, MetaTensor)
     assert (image.shape, image.dtype) == ((20, 96, 96, 96), torch.float32)
@@ -59,19 +61,23 @@ def test_dense_clip_holds_the_run_at_its_voxels_and_the_fill_elsewhere(prepared)
         assert np.array_equal(tensor.affine, grid.AFFINE)
     dense, inside = image.numpy(), brain.numpy()[0]
     assert np.array_equal(np.flatnonzero(inside), item["voxels"])
-    assert np.array_equal(dense[:, inside], item["bold"][5:25].astype(np.float32))
-    assert np.all(dense[:, ~inside] == item["bold"].min())
+    record, moments = item["record"], item["moments"]
+    values = item["bold"].astype(float) * moments[1] + moments[0]  # in the file's units
+    z = (values - record["mean"]) / record["sd"]
+    np.testing.assert_allclose(dense[:, inside], z[5:25], atol=1e-5)
+    assert (z.mean(), z.std()) == (pytest.approx(0, abs=1e-3), pytest.approx(1, abs=1e-3))
+    np.testing.assert_allclose(dense[:, ~inside], z.min(), atol=1e-3)
 
 
 def test_units_can_be_had_back(prepared):
     """z * SD + mean is the signal in the file's unit, at a voxel of the file that lies on the grid."""
     _, item, _ = prepared
-    record = item["record"]
+    record, moments = item["record"], item["moments"]
     native = np.argwhere(coarse_brain())
     places = nib.affines.apply_affine(np.linalg.inv(grid.AFFINE) @ COARSE_AFFINE, native)
     assert np.array_equal(places, places.round())  # every 8 mm voxel is a grid voxel
     columns = np.searchsorted(item["voxels"], np.ravel_multi_index(places.astype(int).T, grid.SHAPE))
-    restored = item["bold"][::5, columns].astype(float) * record["sd"] + record["mean"]  # every 4 s
+    restored = item["bold"][::5, columns].astype(float) * moments[1, columns] + moments[0, columns]  # every 4 s
     expected = coarse_signal(41)[tuple(native.T)].T[::4]
     np.testing.assert_allclose(restored[: len(expected)], expected, atol=record["sd"] * 8 / 2048)
 
@@ -193,7 +199,7 @@ def test_storage_order_changes_nothing(tmp_path):
 
 def test_composed_by_monai(prepared):
     path, item, _ = prepared
-    composed = Compose([*PREPARE, TakeClipd(), ScatterClipd(), TimeLastd()])({"bold": path})
+    composed = Compose([*PREPARE, TakeClipd(), ScatterClipd(RUN), TimeLastd()])({"bold": path})
     assert composed["image"].shape == (1, 96, 96, 96, 20)
     assert composed["start"] == 0
     assert composed["record"]["sd"] == item["record"]["sd"]

@@ -138,7 +138,7 @@ def test_a_site_whose_name_is_a_number_can_be_left_out(call: Callable, tmp_path:
         {"run_id": f"{i}", "participant_id": f"{i}", "site": f"{i % 2}", "diagnosis": i // 2 % 2, "parameters_hash": ""}
         for i in range(24)
     ]
-    manifest = {"format": 1, "parameters": {}, "parameters_hash": "", "runs": rows}
+    manifest = {"format": 2, "parameters": {}, "parameters_hash": "", "runs": rows}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert call("splits", ".", "--folds", "3", "--test_site", "1")[0] == 0
     assert json.loads((tmp_path / "splits.json").read_text())["test_site"] == "1"

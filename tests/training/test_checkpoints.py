@@ -9,6 +9,7 @@ from ignite.engine import Engine
 from torch import nn
 
 from bundle.errors import InputError
+from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.training.checkpoints import (
     KeepCheckpoints,
     load_checkpoint,
@@ -19,7 +20,13 @@ from bundle.training.checkpoints import (
 )
 from bundle.training.provenance import Provenance
 
-FACTS = {"config": {"seed": 0}, "preparation": "p", "splits": "s", "network": {"embed_dim": 4}}
+FACTS = {
+    "config": {"seed": 0},
+    "preparation": "p",
+    "splits": "s",
+    "network": {"embed_dim": 4, "in_channels": 1},
+    "normalisation": {"mode": "run", "sd_floor": 0.1, "clip": 5.0, "per_frame": False},
+}
 
 
 def pretrained(path: Path, **facts: object) -> nn.Module:
@@ -113,7 +120,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path):
     assert not evil.trace.exists()
 
 
-@pytest.mark.parametrize("fact", ["preparation", "splits", "network"])
+@pytest.mark.parametrize("fact", ["preparation", "splits", "network", "normalisation"])
 def test_an_encoder_made_otherwise_is_refused_by_name(tmp_path: Path, fact: str):
     pretrained(tmp_path / "best.pt", **{fact: "other"})
     with pytest.raises(InputError, match=rf"best.pt: was made with {fact}.* 'other'"):
@@ -129,6 +136,22 @@ def test_an_encoder_is_loaded_whole_or_refused(tmp_path: Path):
         load_encoder(nn.Sequential(nn.Linear(3, 2)), str(tmp_path / "best.pt"), Provenance(**FACTS))
 
 
+def test_weights_of_one_channel_give_the_same_features_in_a_network_of_two(tmp_path: Path):
+    size = {"image_size": (24, 24, 24), "frames": 2, "embed_dim": 4, "depths": (1, 1)}
+    one, two = SwinMambaEncoder(**size), SwinMambaEncoder(**size, in_channels=2)
+    facts = FACTS | {"network": one.size}
+    network = nn.ModuleDict({"encoder": one})
+    save_checkpoint({"network": network, "provenance": Provenance(**facts)}, tmp_path / "best.pt")
+    ours = Provenance(**facts | {"network": two.size, "normalisation": FACTS["normalisation"] | {"mode": "both"}})
+    load_encoder(two, str(tmp_path / "best.pt"), ours)
+    image = torch.randn(1, 2, 24, 24, 24, 2)
+    assert torch.equal(two(image), one(image[:, :1]))
+    assert two.second_embedding.weight.requires_grad
+    voxel = Provenance(**facts | {"normalisation": FACTS["normalisation"] | {"mode": "voxel"}})
+    with pytest.raises(InputError, match="normalisation#mode 'run', but here it is 'voxel'"):
+        load_encoder(SwinMambaEncoder(**size), str(tmp_path / "best.pt"), voxel)
+
+
 def test_random_keeps_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     encoder = nn.Linear(3, 2)
     before = encoder.weight.clone()
@@ -139,7 +162,7 @@ def test_random_keeps_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 def test_published_weights_warn_that_their_participants_are_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     network = nn.ModuleDict({"encoder": nn.Linear(3, 2)})
-    facts = Provenance(published="sha", network=FACTS["network"])
+    facts = Provenance(published="sha", network=FACTS["network"], normalisation={"mode": "run", "per_frame": False})
     save_checkpoint({"network": network, "provenance": facts}, tmp_path / "p.pt")
     load_encoder(nn.Linear(3, 2), str(tmp_path / "p.pt"), Provenance(**FACTS))
     assert "participants they have seen is not known" in caplog.text

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import r2_score
 
+from bundle.anatomy import grid
+from bundle.anatomy.atlas import REGIONS, labels_on, load_atlas
 from bundle.tasks.case_control import CaseControlLoss, SubjectScores, average_per_subject, subject_scores
 from bundle.training.losses import MaskedMSELoss, masked_mse
-from bundle.training.metrics import MaskedMSE, TemporalR2
+from bundle.training.metrics import MaskedMSE, RegionTemporalR2, TemporalR2
 
 SHAPE = (2, 1, 3, 4, 5, 6)
 
@@ -83,6 +85,25 @@ def test_temporal_r2_of_known_predictions():
     assert temporal_r2(image + 100, image, mask) == pytest.approx(1)  # a wrong static offset does not count
     assert temporal_r2(mean + 0.5 * (image - mean), image, mask) == pytest.approx(0.75)
     assert math.isnan(temporal_r2(image, torch.zeros(SHAPE), mask))
+
+
+def test_temporal_r2_of_regions_is_that_of_masks_of_one_region_each():
+    """Against the overall metric, given only the hidden voxels of one region at a time."""
+    labels = labels_on(load_atlas(), grid.AFFINE, grid.SHAPE)
+    inside = {name: torch.from_numpy(np.isin(labels, REGIONS[name]))[None, None] for name in ("limbic", "cerebellum")}
+    generator = torch.Generator().manual_seed(0)
+    image, prediction = torch.randn(2, 1, 1, *grid.SHAPE, 3, generator=generator)
+    mask = torch.rand(1, 1, *grid.SHAPE, generator=generator) < 0.3
+    hidden = mask & (inside["limbic"] | inside["cerebellum"])
+    metric = RegionTemporalR2()
+    for kind in (hidden, hidden.unsqueeze(-1).expand(image.shape)):  # for all frames, and frame by frame
+        metric.reset()
+        metric.update((prediction, {"image": image, "mask": kind}))
+        found = metric.compute()
+        assert sorted(found) == ["val_temporal_r2_cerebellum", "val_temporal_r2_limbic"]
+        for name, region in inside.items():
+            expected = temporal_r2(prediction, image, hidden & region)
+            assert found[f"val_temporal_r2_{name}"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_temporal_r2_equals_scikit_learn_on_demeaned_series():

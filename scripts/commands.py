@@ -51,7 +51,8 @@ def synthesize(
         effect: planted group difference, Cohen's d; 0 plants none.
         seed: seed of everything random.
         duration_s: length of each run in seconds.
-        effect_on: what differs: the "coupling" of limbic regions and cerebellum, or their "intensity".
+        effect_on: what differs: the "coupling" of limbic regions and cerebellum, their "intensity", or the coupling of
+            the "pattern" inside their labels, which label means do not show.
     """
     make_cohort(folder, subjects=subjects, effect=effect, seed=seed, duration_s=duration_s, effect_on=effect_on)
 

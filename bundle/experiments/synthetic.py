@@ -45,7 +45,8 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,7 +61,7 @@ from nilearn.image import resample_img
 from scipy.stats import norm
 from tqdm.auto import tqdm
 
-from bundle.anatomy.atlas import REGIONS, labels_on, load_atlas
+from bundle.anatomy.atlas import REGIONS, Atlas, labels_on, load_atlas
 from bundle.errors import InputError
 from bundle.experiments.patterns import label_pattern
 from bundle.experiments.signals import BAND_HZ, COUPLED, band_frequencies, group_latents, label_signals, latents_of
@@ -103,7 +104,7 @@ class Site:
         Raises:
             InputError: a value is outside the range given above.
         """
-        where = f"site {self.name!r} of the synthetic cohort"
+        where = f"site {self.name!r}"
         if not 0.1 <= self.tr <= 20:
             raise InputError(f"tr of {where} must be 0.1 to 20 seconds, not {self.tr}.")
         if not 1 <= self.voxel_mm <= 8:
@@ -130,7 +131,7 @@ class Anatomy:
     affine: np.ndarray  # (4, 4), RAS, voxel to MNI mm
     mask: np.ndarray  # (X, Y, Z) bool, the brain
     mean: np.ndarray  # (v,) float32, about 1: dark white matter, bright fluid
-    labels: np.ndarray  # (v,) int, AAL3 number, 0 where there is none
+    labels: np.ndarray  # (v,) int, number in the atlas (AAL3), 0 where there is none
     mm: np.ndarray  # (v, 3) float32, MNI coordinates
     pattern: np.ndarray  # (v,) float32, of RMS 1 in each label; the sum of mean * pattern over a label is 0
 
@@ -170,20 +171,27 @@ def make_cohort(
     for site in sites:
         band_frequencies(frame_count(duration_s, site), site.tr)
     truth = describe(plan, effect, seed, sites, duration_s, effect_on)
-    if is_written(folder, truth):
+    if is_written(folder, "truth.json", truth["parameters"], plan["participant_id"]):
         logger.info("%s already holds this cohort; nothing to do", folder)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        draft = Path(temporary) / "cohort"
-        draft.mkdir()
+    with written_cohort(folder) as draft:
         write_tables(draft, plan, truth)
         places = {site.name: (site, site_anatomy(site.voxel_mm)) for site in sites}
         for number, subject in enumerate(tqdm(plan.to_dict("records"), desc="synthetic cohort", unit="subject")):
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
             write_subject(draft, subject, *places[subject["site"]], duration_s, rng)
-        draft.rename(folder)  # atomic; replaces an empty folder
     return folder
+
+
+@contextmanager
+def written_cohort(folder: Path) -> Iterator[Path]:
+    """Give a folder to write in, which takes the place of the one named, absent or empty, when all is written."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        draft = Path(temporary) / "cohort"
+        draft.mkdir()
+        yield draft
+        draft.rename(folder)  # atomic; replaces an empty folder
 
 
 def plan_cohort(
@@ -290,8 +298,14 @@ def describe(
     }
 
 
-def is_written(folder: Path, truth: dict[str, Any]) -> bool:
+def is_written(folder: Path, record: str, parameters: dict[str, Any], subjects: Iterable[str]) -> bool:
     """Whether the folder holds this very cohort already.
+
+    Args:
+        folder: of the cohort.
+        record: name of its JSON file that holds its `parameters`.
+        parameters: what the cohort is made with.
+        subjects: participant_id of everyone in it.
 
     Raises:
         InputError: the path is a file, or the folder holds another cohort, a part of one, or anything else.
@@ -299,15 +313,15 @@ def is_written(folder: Path, truth: dict[str, Any]) -> bool:
     if not folder.exists():
         return False
     if not folder.is_dir():
-        raise InputError(f"{folder} is a file; name a new or empty folder for the synthetic cohort.")
+        raise InputError(f"{folder} is a file; name a new or empty folder.")
     if not any(folder.iterdir()):
         return False
-    path = folder / "truth.json"
+    path = folder / record
     if not path.is_file():
-        raise InputError(f"{folder} holds other files; name a new or empty folder for the synthetic cohort.")
-    if json.loads(path.read_text()).get("parameters") != truth["parameters"]:
+        raise InputError(f"{folder} holds other files; name a new or empty folder.")
+    if json.loads(path.read_text()).get("parameters") != parameters:
         raise InputError(f"{folder} holds a cohort made with other parameters; name another folder.")
-    missing = [name for name in truth["coupling_z"] if not any(folder.glob(f"{name}/func/*_bold.nii.gz"))]
+    missing = [name for name in subjects if not any(folder.glob(f"{name}/func/*_bold.nii.gz"))]
     if missing:
         raise InputError(f"{folder} is not complete, {missing[0]} is missing; delete it and run again.")
     return True
@@ -315,24 +329,31 @@ def is_written(folder: Path, truth: dict[str, Any]) -> bool:
 
 def write_tables(folder: Path, plan: pd.DataFrame, truth: dict[str, Any]) -> None:
     """Write the files at the top of the folder."""
-    description: dict[str, Any] = {
-        "Name": "Synthetic resting-state cohort with a planted limbic–cerebellar difference",
-        "BIDSVersion": "1.9.0",
-        "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "brain-fmri-roi-mae", "Description": "bundle.experiments.synthetic.make_cohort"}],
-    }
-    write_json(folder / "dataset_description.json", description)
+    name = "Synthetic resting-state cohort with a planted limbic–cerebellar difference"
+    write_description(folder, name, "bundle.experiments.synthetic.make_cohort")
     write_json(folder / "truth.json", truth)
     plan.drop(columns=list(PLANTED.values())).to_csv(folder / "participants.tsv", sep="\t", index=False)
 
 
-def site_anatomy(voxel_mm: float) -> Anatomy:
-    """Sample the MNI152 template, its brain mask and AAL3 on a RAS grid over the MNI152 box.
+def write_description(folder: Path, name: str, function: str) -> None:
+    """Write BIDS' dataset_description.json for derivatives of this name that a function has made."""
+    description: dict[str, Any] = {
+        "Name": name,
+        "BIDSVersion": "1.9.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "brain-fmri-roi-mae", "Description": function}],
+    }
+    write_json(folder / "dataset_description.json", description)
+
+
+def site_anatomy(voxel_mm: float, atlas: Atlas | None = None) -> Anatomy:
+    """Sample the MNI152 template, its brain mask and an atlas on a RAS grid over the MNI152 box.
 
     The T1-weighted template becomes a T2*-like contrast, `1.5 - T1`: bright fluid, dark white matter.
 
     Args:
         voxel_mm: edge of the cubic voxels in mm.
+        atlas: labels in MNI space; None takes AAL3.
     """
     affine = np.diag([voxel_mm] * 3 + [1.0])
     affine[:3, 3] = BOX_ORIGIN_MM
@@ -341,7 +362,7 @@ def site_anatomy(voxel_mm: float) -> Anatomy:
     template = resample_img(load_mni152_template(2), interpolation="linear", **options).get_fdata()
     mask = resample_img(load_mni152_brain_mask(2), interpolation="nearest", **options).get_fdata() > 0
     mean = (1.5 - template[mask]).astype(np.float32)
-    labels = labels_on(load_atlas(), affine, shape)[mask]
+    labels = labels_on(atlas or load_atlas(), affine, shape)[mask]
     mm = nib.affines.apply_affine(affine, np.argwhere(mask)).astype(np.float32)
     return Anatomy(affine, mask, mean, labels, mm, label_pattern(mm, labels, mean))
 

@@ -13,6 +13,7 @@ from scripts.commands import (
     convert,
     export,
     overlay,
+    paint,
     pictures,
     preflight,
     prepare,
@@ -30,6 +31,7 @@ fire.decorators.FIRE_METADATA = "_read_as"  # where Fire keeps parsers on a comm
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "synthesize": synthesize,
+    "paint": paint,
     "preflight": preflight,
     "prepare": prepare,
     "export": export,

@@ -15,6 +15,7 @@ from bundle.deploy.published import convert_file
 from bundle.deploy.release import release as release_checkpoint
 from bundle.errors import unwrapped
 from bundle.evaluation.figures import mask_overlay
+from bundle.experiments import painted
 from bundle.experiments.gallery import draw_all
 from bundle.experiments.synthetic import make_cohort
 from bundle.files import ROOT
@@ -51,9 +52,47 @@ def synthesize(
         effect: planted group difference, Cohen's d; 0 plants none.
         seed: seed of everything random.
         duration_s: length of each run in seconds.
-        effect_on: what differs: the "coupling" of limbic regions and cerebellum, or their "intensity".
+        effect_on: what differs: the "coupling" of limbic regions and cerebellum, their "intensity", or the coupling of
+            the "pattern" inside their labels, which label means do not show.
     """
     make_cohort(folder, subjects=subjects, effect=effect, seed=seed, duration_s=duration_s, effect_on=effect_on)
+
+
+def paint(
+    series: str,
+    folder: str,
+    participants: str,
+    atlas: str,
+    table: str,
+    column: str,
+    case: str | None = None,
+    threshold: float | None = None,
+    where: str | None = None,
+    tr: float = 2.0,
+    voxel_mm: float = 3.0,
+    frames: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Paint real region time courses into MNI volumes, laid out like fMRIPrep derivatives.
+
+    Args:
+        series: .npz with the arrays subjects (n) and series (n, frames, labels).
+        folder: where to write.
+        participants: table with the column participant_id and those named below.
+        atlas: label image in MNI space.
+        table: its labels, in the order of the columns of the series.
+        column: column of the participants' table that makes someone a case or a control.
+        case: values of the column that make a case, with commas between; all others make a control.
+        threshold: instead of case: who has at least this number is a case.
+        where: COLUMN=VALUE of the participants to paint; all others are left out.
+        tr: time between frames in seconds.
+        voxel_mm: edge of the voxels in mm.
+        frames: how many frames to take, from the first; by default all.
+        seed: seed of the noise.
+    """
+    painted.paint(
+        series, folder, participants, atlas, table, column, case, threshold, where, tr, voxel_mm, frames, seed
+    )  # fmt: skip
 
 
 def prepare(

@@ -47,7 +47,7 @@ def report(results: str, resamples: int = 2000) -> None:
 def truth(
     folder: str = "truth",
     config: str = "configs/sweeps/truth.json",
-    planted: tuple = ("nothing", "coupling", "intensity"),
+    planted: tuple = ("nothing", "coupling", "intensity", "pattern"),
     effect: float = 2.0,
     seeds: tuple = (0, 1, 2, 3, 4),
     subjects: int = 48,
@@ -58,7 +58,8 @@ def truth(
     Args:
         folder: where the cohorts and the results go; truth.csv and truth_summary.json are written there.
         config: JSON file of the sweep to run on each cohort.
-        planted: "nothing", or what the diagnosis changes in limbic regions and cerebellum: "coupling", "intensity".
+        planted: "nothing", or what the diagnosis changes in limbic regions and cerebellum: "coupling",
+            "intensity", "pattern".
         effect: size of the planted effects, Cohen's d.
         seeds: seeds of the cohorts.
         subjects: size of each cohort.

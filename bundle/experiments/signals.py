@@ -77,6 +77,20 @@ def group_latents(coupling_z: float, frames: int, tr: float, rng: np.random.Gene
     return latents
 
 
+def latents_of(latents: pd.DataFrame, numbers: np.ndarray) -> np.ndarray:
+    """Give each AAL3 label the latent of its group.
+
+    Args:
+        latents: (frames, groups), from `group_latents`.
+        numbers: (n,) AAL3 label numbers; those of no region are of the group "other".
+
+    Returns:
+        (frames, n) float64.
+    """
+    group_of = {number: group for group, members in REGIONS.items() for number in members}
+    return latents[[group_of.get(int(number), "other") for number in numbers]].to_numpy()
+
+
 def label_signals(latents: pd.DataFrame, numbers: np.ndarray, tr: float, rng: np.random.Generator) -> np.ndarray:
     """Draw the signal of each AAL3 label around the latent of its group.
 
@@ -89,7 +103,5 @@ def label_signals(latents: pd.DataFrame, numbers: np.ndarray, tr: float, rng: np
     Returns:
         (frames, n) float64, of unit variance in expectation.
     """
-    group_of = {number: group for group, members in REGIONS.items() for number in members}
-    of_group = latents[[group_of.get(int(number), "other") for number in numbers]].to_numpy()
     own = band_limited(rng, len(numbers), len(latents), tr)
-    return math.sqrt(LABEL_SHARE) * of_group + math.sqrt(1 - LABEL_SHARE) * own
+    return math.sqrt(LABEL_SHARE) * latents_of(latents, numbers) + math.sqrt(1 - LABEL_SHARE) * own

@@ -5,11 +5,17 @@ tested and shown without any real subject. What is planted is written beside it,
 
 The signal model of one subject, from the outside in:
 
-- voxel: `mean * (1 + 1 % * signal of its AAL3 label + 1 % * white noise + drift)`, 0 outside the brain;
+- voxel: `mean * (1 + 1 % * (signal of its AAL3 label + pattern * pattern latent of the label's group) +
+  1 % * white noise + drift)`, 0 outside the brain;
 - label: `sqrt(0.7) * latent of its group + sqrt(0.3) * its own process`;
 - group (the seven regions, and "other" for the insula): `sqrt(0.2) * a process shared by all +
   sqrt(0.8) * its own`; then the cerebellum's latent is turned towards or away from the limbic one, until
   their correlation over the run is exactly `tanh(coupling_z)`.
+- pattern: one smooth random field in MNI space (white noise, smoothed to a FWHM of 16 mm), the same for every
+  subject, site and cohort. Within each label, on the site's own grid, the sum of `mean * pattern` is 0 and the
+  pattern's RMS is 1, so that a label's average BOLD signal does not contain it; without a label it is 0;
+- pattern latents: drawn as the groups' latents are, independently of them; those of limbic and cerebellum correlate
+  over the run by exactly `tanh(pattern_z)`.
 
 Every process is Gaussian and limited to 0.01–0.1 Hz. On average over runs, two labels hence correlate by
 about 0.7 within a group, 0.14 between groups and `0.7 * tanh(coupling_z)` between limbic and cerebellum.
@@ -19,7 +25,12 @@ the mean of the cases is larger by `effect * 0.3`. So `effect` is Cohen's d of t
 even a perfect reading of the coupling separates the groups with an AUROC of only `Phi(effect / sqrt(2))`.
 With an effect of 0 the groups are exchangeable: no number of an image depends on the diagnosis.
 
-With `effect_on="intensity"` the groups do not differ in coupling. Instead the voxels of the two regions are
+With `effect_on="pattern"` the groups do not differ in `coupling_z` but, in the same way, in `pattern_z`, which has the
+same means and SD. Connectivity of label means is blind to this by construction (on the site's own grid; bringing the
+images onto another grid mixes a little across the labels' borders), while how patterns inside labels vary together
+shows it.
+
+With `effect_on="intensity"` the groups do not differ in either. Instead the voxels of the two regions are
 brighter by `intensity`, a fraction of their mean that is normal with SD 0.02 in both groups, has mean 0 in
 controls and `effect * 0.02` in cases. This is a static effect: a single frame shows it, while the coupling shows
 in how two regions vary together only.
@@ -34,7 +45,8 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,16 +61,18 @@ from nilearn.image import resample_img
 from scipy.stats import norm
 from tqdm.auto import tqdm
 
-from bundle.anatomy.atlas import REGIONS, labels_on, load_atlas
+from bundle.anatomy.atlas import REGIONS, Atlas, labels_on, load_atlas
 from bundle.errors import InputError
-from bundle.experiments.signals import BAND_HZ, COUPLED, band_frequencies, group_latents, label_signals
+from bundle.experiments.patterns import label_pattern
+from bundle.experiments.signals import BAND_HZ, COUPLED, band_frequencies, group_latents, label_signals, latents_of
 from bundle.files import write_json
 
 logger = logging.getLogger(__name__)
 
-MEAN_Z, SD_Z = 0.2, 0.3  # coupling_z of the controls
+MEAN_Z, SD_Z = 0.2, 0.3  # coupling_z and pattern_z of the controls
 SD_INTENSITY = 0.02  # of the two regions' mean, where the effect is on the intensity
-EFFECTS = ("coupling", "intensity")
+PLANTED = {"coupling": "coupling_z", "intensity": "intensity", "pattern": "pattern_z"}  # what differs by diagnosis
+EFFECTS = tuple(PLANTED)
 SIGNAL, NOISE, DRIFT = 0.01, 0.01, 0.003  # SD as a fraction of the voxel's mean
 BOX_ORIGIN_MM, BOX_MM = np.array([-90, -126, -72]), np.array([180, 216, 180])  # the MNI152 91x109x91 2 mm box
 SPACE = "MNI152NLin2009cAsym"
@@ -90,7 +104,7 @@ class Site:
         Raises:
             InputError: a value is outside the range given above.
         """
-        where = f"site {self.name!r} of the synthetic cohort"
+        where = f"site {self.name!r}"
         if not 0.1 <= self.tr <= 20:
             raise InputError(f"tr of {where} must be 0.1 to 20 seconds, not {self.tr}.")
         if not 1 <= self.voxel_mm <= 8:
@@ -117,8 +131,9 @@ class Anatomy:
     affine: np.ndarray  # (4, 4), RAS, voxel to MNI mm
     mask: np.ndarray  # (X, Y, Z) bool, the brain
     mean: np.ndarray  # (v,) float32, about 1: dark white matter, bright fluid
-    labels: np.ndarray  # (v,) int, AAL3 number, 0 where there is none
+    labels: np.ndarray  # (v,) int, number in the atlas (AAL3), 0 where there is none
     mm: np.ndarray  # (v, 3) float32, MNI coordinates
+    pattern: np.ndarray  # (v,) float32, of RMS 1 in each label; the sum of mean * pattern over a label is 0
 
 
 def make_cohort(
@@ -142,8 +157,8 @@ def make_cohort(
         seed: at least 0; the same arguments and software versions give the same bytes.
         sites: the scanner sites, with different names.
         duration_s: length of each run in seconds; at least three frequencies must fall into 0.01–0.1 Hz.
-        effect_on: what the diagnosis changes: the "coupling" between limbic regions and cerebellum, or their
-            "intensity".
+        effect_on: what the diagnosis changes: the "coupling" between limbic regions and cerebellum, their
+            "intensity", or the coupling of the "pattern" inside their labels, which label means do not show.
 
     Returns:
         The folder.
@@ -156,38 +171,45 @@ def make_cohort(
     for site in sites:
         band_frequencies(frame_count(duration_s, site), site.tr)
     truth = describe(plan, effect, seed, sites, duration_s, effect_on)
-    if is_written(folder, truth):
+    if is_written(folder, "truth.json", truth["parameters"], plan["participant_id"]):
         logger.info("%s already holds this cohort; nothing to do", folder)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        draft = Path(temporary) / "cohort"
-        draft.mkdir()
+    with written_cohort(folder) as draft:
         write_tables(draft, plan, truth)
         places = {site.name: (site, site_anatomy(site.voxel_mm)) for site in sites}
         for number, subject in enumerate(tqdm(plan.to_dict("records"), desc="synthetic cohort", unit="subject")):
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
             write_subject(draft, subject, *places[subject["site"]], duration_s, rng)
-        draft.rename(folder)  # atomic; replaces an empty folder
     return folder
+
+
+@contextmanager
+def written_cohort(folder: Path) -> Iterator[Path]:
+    """Give a folder to write in, which takes the place of the one named, absent or empty, when all is written."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        draft = Path(temporary) / "cohort"
+        draft.mkdir()
+        yield draft
+        draft.rename(folder)  # atomic; replaces an empty folder
 
 
 def plan_cohort(
     subjects: int, effect: float, seed: int, sites: Sequence[Site], effect_on: str = "coupling"
 ) -> pd.DataFrame:
-    """Draw who is in the cohort, and each subject's coupling and intensity.
+    """Draw who is in the cohort, and each subject's coupling, intensity and coupling of patterns.
 
     Args:
         subjects: at least 4.
         effect: Cohen's d, 0 to 10.
         seed: at least 0.
         sites: at least one, with different names.
-        effect_on: "coupling" or "intensity".
+        effect_on: one of `EFFECTS`.
 
     Returns:
         One row per subject: participant_id, site, diagnosis ("control" or "adhd"), age (years, 7–21), sex
-        ("F" or "M"), coupling_z, intensity (0 if the effect is on the coupling). Diagnoses are balanced within
-        each site, to within one subject.
+        ("F" or "M"), coupling_z, intensity (0 unless the effect is on it), pattern_z. Diagnoses are balanced
+        within each site, to within one subject.
 
     Raises:
         InputError: an argument is outside its range.
@@ -213,7 +235,7 @@ def plan_cohort(
         extra = (extra + size) % 2
     width = max(2, len(str(subjects)))
     shift = np.where(case, effect, 0.0)
-    on_coupling = effect_on == "coupling"
+    patterns = rng.spawn(1)[0].normal(MEAN_Z, SD_Z, subjects)  # the same draw whatever the effect is on
     plan = pd.DataFrame(
         {
             "participant_id": [f"sub-{number:0{width}d}" for number in range(1, subjects + 1)],
@@ -221,10 +243,14 @@ def plan_cohort(
             "diagnosis": np.where(case, "adhd", "control"),
             "age": rng.uniform(7, 21, subjects).round(1),
             "sex": rng.choice(["F", "M"], subjects),
-            "coupling_z": rng.normal(MEAN_Z, SD_Z, subjects) + SD_Z * shift * on_coupling,
+            "coupling_z": rng.normal(MEAN_Z, SD_Z, subjects) + SD_Z * shift * (effect_on == "coupling"),
         }
     )
-    return plan.assign(intensity=0.0 if on_coupling else SD_INTENSITY * (rng.standard_normal(subjects) + shift))
+    on_intensity = effect_on == "intensity"
+    return plan.assign(
+        intensity=SD_INTENSITY * (rng.standard_normal(subjects) + shift) if on_intensity else 0.0,
+        pattern_z=patterns + SD_Z * shift * (effect_on == "pattern"),
+    )
 
 
 def describe(
@@ -232,12 +258,16 @@ def describe(
 ) -> dict[str, Any]:
     """Return what `truth.json` holds; `parameters` alone decide whether two cohorts are the same."""
     case = plan["diagnosis"] == "adhd"
-    planted = plan["coupling_z" if effect_on == "coupling" else "intensity"]
+    planted = plan[PLANTED[effect_on]]
+
+    def mean_z(of: str) -> dict[str, float]:
+        return {"control": MEAN_Z, "adhd": MEAN_Z + SD_Z * effect * (effect_on == of)}
+
     cases, controls = planted[case], planted[~case]
     pooled_sd = math.sqrt((cases.var() + controls.var()) / 2)
     return {
         "parameters": {
-            "format": 2,
+            "format": 3,
             "subjects": len(plan),
             "effect_on": effect_on,
             "effect": float(effect),
@@ -250,23 +280,32 @@ def describe(
             "coupling": "coupling_z: the Fisher z of the correlation, over the run, between the latent signals of "
             f"{COUPLED[0]} and {COUPLED[1]}",
             "intensity": f"intensity: by which fraction the mean of voxels of {COUPLED[0]} and {COUPLED[1]} is raised",
+            "pattern": "pattern_z: the Fisher z of the correlation, over the run, between the latents of the patterns "
+            f"inside the labels of {COUPLED[0]} and {COUPLED[1]}, which no label's mean signal shows",
         }[effect_on],
         "regions": list(COUPLED),
-        "coupling_z_mean": {"control": MEAN_Z, "adhd": MEAN_Z + SD_Z * effect * (effect_on == "coupling")},
+        "coupling_z_mean": mean_z("coupling"),
         "coupling_z_sd": SD_Z,
-        "intensity_sd": 0.0 if effect_on == "coupling" else SD_INTENSITY,
+        "pattern_z_mean": mean_z("pattern"),
+        "pattern_z_sd": SD_Z,
+        "intensity_sd": SD_INTENSITY if effect_on == "intensity" else 0.0,
         "best_auroc": float(norm.cdf(effect / math.sqrt(2))),
         "effect_in_this_sample": float((cases.mean() - controls.mean()) / pooled_sd),
         "band_hz": list(BAND_HZ),
         "fraction_of_mean": {"signal": SIGNAL, "noise": NOISE, "drift": DRIFT},
-        "coupling_z": dict(zip(plan["participant_id"], plan["coupling_z"].tolist(), strict=True)),
-        "intensity": dict(zip(plan["participant_id"], plan["intensity"].tolist(), strict=True)),
+        **{name: dict(zip(plan["participant_id"], plan[name].tolist(), strict=True)) for name in PLANTED.values()},
         "versions": {name: version(name) for name in ("numpy", "nibabel", "nilearn")},
     }
 
 
-def is_written(folder: Path, truth: dict[str, Any]) -> bool:
+def is_written(folder: Path, record: str, parameters: dict[str, Any], subjects: Iterable[str]) -> bool:
     """Whether the folder holds this very cohort already.
+
+    Args:
+        folder: of the cohort.
+        record: name of its JSON file that holds its `parameters`.
+        parameters: what the cohort is made with.
+        subjects: participant_id of everyone in it.
 
     Raises:
         InputError: the path is a file, or the folder holds another cohort, a part of one, or anything else.
@@ -274,15 +313,15 @@ def is_written(folder: Path, truth: dict[str, Any]) -> bool:
     if not folder.exists():
         return False
     if not folder.is_dir():
-        raise InputError(f"{folder} is a file; name a new or empty folder for the synthetic cohort.")
+        raise InputError(f"{folder} is a file; name a new or empty folder.")
     if not any(folder.iterdir()):
         return False
-    path = folder / "truth.json"
+    path = folder / record
     if not path.is_file():
-        raise InputError(f"{folder} holds other files; name a new or empty folder for the synthetic cohort.")
-    if json.loads(path.read_text()).get("parameters") != truth["parameters"]:
+        raise InputError(f"{folder} holds other files; name a new or empty folder.")
+    if json.loads(path.read_text()).get("parameters") != parameters:
         raise InputError(f"{folder} holds a cohort made with other parameters; name another folder.")
-    missing = [name for name in truth["coupling_z"] if not any(folder.glob(f"{name}/func/*_bold.nii.gz"))]
+    missing = [name for name in subjects if not any(folder.glob(f"{name}/func/*_bold.nii.gz"))]
     if missing:
         raise InputError(f"{folder} is not complete, {missing[0]} is missing; delete it and run again.")
     return True
@@ -290,24 +329,31 @@ def is_written(folder: Path, truth: dict[str, Any]) -> bool:
 
 def write_tables(folder: Path, plan: pd.DataFrame, truth: dict[str, Any]) -> None:
     """Write the files at the top of the folder."""
+    name = "Synthetic resting-state cohort with a planted limbic–cerebellar difference"
+    write_description(folder, name, "bundle.experiments.synthetic.make_cohort")
+    write_json(folder / "truth.json", truth)
+    plan.drop(columns=list(PLANTED.values())).to_csv(folder / "participants.tsv", sep="\t", index=False)
+
+
+def write_description(folder: Path, name: str, function: str) -> None:
+    """Write BIDS' dataset_description.json for derivatives of this name that a function has made."""
     description: dict[str, Any] = {
-        "Name": "Synthetic resting-state cohort with a planted limbic–cerebellar difference",
+        "Name": name,
         "BIDSVersion": "1.9.0",
         "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "brain-fmri-roi-mae", "Description": "bundle.experiments.synthetic.make_cohort"}],
+        "GeneratedBy": [{"Name": "brain-fmri-roi-mae", "Description": function}],
     }
     write_json(folder / "dataset_description.json", description)
-    write_json(folder / "truth.json", truth)
-    plan.drop(columns=["coupling_z", "intensity"]).to_csv(folder / "participants.tsv", sep="\t", index=False)
 
 
-def site_anatomy(voxel_mm: float) -> Anatomy:
-    """Sample the MNI152 template, its brain mask and AAL3 on a RAS grid over the MNI152 box.
+def site_anatomy(voxel_mm: float, atlas: Atlas | None = None) -> Anatomy:
+    """Sample the MNI152 template, its brain mask and an atlas on a RAS grid over the MNI152 box.
 
     The T1-weighted template becomes a T2*-like contrast, `1.5 - T1`: bright fluid, dark white matter.
 
     Args:
         voxel_mm: edge of the cubic voxels in mm.
+        atlas: labels in MNI space; None takes AAL3.
     """
     affine = np.diag([voxel_mm] * 3 + [1.0])
     affine[:3, 3] = BOX_ORIGIN_MM
@@ -315,13 +361,10 @@ def site_anatomy(voxel_mm: float) -> Anatomy:
     options = {"target_affine": affine, "target_shape": shape, "force_resample": True, "copy_header": True}
     template = resample_img(load_mni152_template(2), interpolation="linear", **options).get_fdata()
     mask = resample_img(load_mni152_brain_mask(2), interpolation="nearest", **options).get_fdata() > 0
-    return Anatomy(
-        affine=affine,
-        mask=mask,
-        mean=(1.5 - template[mask]).astype(np.float32),
-        labels=labels_on(load_atlas(), affine, shape)[mask],
-        mm=nib.affines.apply_affine(affine, np.argwhere(mask)).astype(np.float32),
-    )
+    mean = (1.5 - template[mask]).astype(np.float32)
+    labels = labels_on(atlas or load_atlas(), affine, shape)[mask]
+    mm = nib.affines.apply_affine(affine, np.argwhere(mask)).astype(np.float32)
+    return Anatomy(affine, mask, mean, labels, mm, label_pattern(mm, labels, mean))
 
 
 def frame_count(duration_s: float, site: Site) -> int:
@@ -335,23 +378,49 @@ def frame_count(duration_s: float, site: Site) -> int:
     return round(duration_s / site.tr)
 
 
+def of_voxels(courses: np.ndarray, numbers: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Give each voxel the course of its label.
+
+    Args:
+        courses: (frames, n), a column per label.
+        numbers: (n,) label numbers of the columns.
+        labels: (v,) label number of each voxel.
+
+    Returns:
+        (v, frames) float32, 0 in voxels of no such label.
+    """
+    table = np.zeros((max(labels.max(), *numbers) + 1, len(courses)), dtype=np.float32)
+    table[numbers] = courses.T
+    return table[labels]
+
+
+def pattern_change(anatomy: Anatomy, patterns: pd.DataFrame) -> np.ndarray:
+    """Return what the pattern latents, (frames, groups), add to the fractional change: (v, frames) float32."""
+    numbers = np.unique(anatomy.labels[anatomy.labels > 0])
+    return SIGNAL * anatomy.pattern[:, None] * of_voxels(latents_of(patterns, numbers), numbers, anatomy.labels)
+
+
+def add_noise(change: np.ndarray, anatomy: Anatomy, rng: np.random.Generator) -> None:
+    """Add white noise and drift to the fractional change, (v, frames) float32, in place."""
+    change += NOISE * rng.standard_normal(change.shape, dtype=np.float32)
+    # the drift is linear in time, and its slope is a smooth (linear) function of the place in the brain
+    slope = rng.standard_normal() + anatomy.mm @ (rng.standard_normal(3) / 50)
+    ramp = np.linspace(-1, 1, change.shape[1]) * math.sqrt(3)
+    change += (DRIFT * slope[:, None] * ramp).astype(np.float32)
+
+
 def voxel_signals(
-    anatomy: Anatomy, latents: pd.DataFrame, intensity: float, tr: float, rng: np.random.Generator
-) -> np.ndarray:
+    anatomy: Anatomy, latents: pd.DataFrame, patterns: pd.DataFrame, intensity: float, tr: float,
+    rng: np.random.Generator,
+) -> np.ndarray:  # fmt: skip
     """Return the BOLD signal of the brain's voxels, (v, frames) float32, around the anatomy's mean.
 
     The mean of the coupled regions' voxels is raised by the fraction `intensity`.
     """
     numbers = np.unique(anatomy.labels[anatomy.labels > 0])
-    signals = label_signals(latents, numbers, tr, rng).astype(np.float32)  # (frames, n)
-    table = np.zeros((numbers.max() + 1, len(latents)), dtype=np.float32)  # row 0: voxels without a label
-    table[numbers] = SIGNAL * signals.T
-    change = table[anatomy.labels]  # (v, frames)
-    change += NOISE * rng.standard_normal(change.shape, dtype=np.float32)
-    # the drift is linear in time, and its slope is a smooth (linear) function of the place in the brain
-    slope = rng.standard_normal() + anatomy.mm @ (rng.standard_normal(3) / 50)
-    ramp = np.linspace(-1, 1, len(latents)) * math.sqrt(3)
-    change += (DRIFT * slope[:, None] * ramp).astype(np.float32)
+    change = of_voxels(SIGNAL * label_signals(latents, numbers, tr, rng), numbers, anatomy.labels)
+    change += pattern_change(anatomy, patterns)
+    add_noise(change, anatomy, rng)
     coupled = np.isin(anatomy.labels, [number for name in COUPLED for number in REGIONS[name]])
     mean = anatomy.mean * np.where(coupled, 1 + intensity, 1).astype(np.float32)
     return mean[:, None] * (1 + change)
@@ -361,26 +430,48 @@ def write_subject(
     folder: Path, subject: dict[str, Any], site: Site, anatomy: Anatomy, duration_s: float, rng: np.random.Generator
 ) -> None:
     """Write a subject's run, brain mask, sidecar and planted latents; the diagnosis is not used."""
-    name = str(subject["participant_id"])
+    name, frames = str(subject["participant_id"]), frame_count(duration_s, site)
+    latents = group_latents(subject["coupling_z"], frames, site.tr, rng)
+    patterns = group_latents(subject["pattern_z"], frames, site.tr, rng.spawn(1)[0])  # leaves the other draws alone
+    values = voxel_signals(anatomy, latents, patterns, subject["intensity"], site.tr, rng)
+    func = write_run(folder, name, "rest", values, site, anatomy)
+    table = pd.concat([latents, patterns.add_prefix("pattern_")], axis=1)
+    path = func / f"{name}_task-rest_desc-latent_timeseries.tsv"
+    table.to_csv(path, sep="\t", index=False, float_format="%.6f")
+
+
+def write_run(folder: Path, name: str, task: str, values: np.ndarray, site: Site, anatomy: Anatomy) -> Path:
+    """Write a run, its brain mask and sidecar as fMRIPrep names them.
+
+    Args:
+        folder: of the derivatives.
+        name: participant_id, like "sub-01".
+        task: the name's task entity.
+        values: (v, frames) float32 BOLD signal of the brain's voxels, of mean about 1.
+        site: how the run is stored.
+        anatomy: where the voxels lie.
+
+    Returns:
+        The folder of the files.
+    """
     func = folder / name / "func"
     func.mkdir(parents=True)
-    stem = f"{name}_task-rest"
-    latents = group_latents(subject["coupling_z"], frame_count(duration_s, site), site.tr, rng)
-    latents.to_csv(func / f"{stem}_desc-latent_timeseries.tsv", sep="\t", index=False, float_format="%.6f")
-    values = site.intensity * voxel_signals(anatomy, latents, subject["intensity"], site.tr, rng)
+    stem = f"{name}_task-{task}_space-{SPACE}"
+    values = site.intensity * values
     slope = site.intensity / 8000  # int16 reaches 4 times the mean; a step is about 1/80 of the signal's SD
     if site.dtype == "int16":
         values = np.round(values / slope)
-    data = np.zeros((*anatomy.mask.shape, len(latents)), dtype=site.dtype)  # (X, Y, Z, T)
+    data = np.zeros((*anatomy.mask.shape, values.shape[1]), dtype=site.dtype)  # (X, Y, Z, T)
     data[anatomy.mask] = values
     image = stored_image(data, anatomy.affine, site)
     if site.dtype == "int16":
         image.header.set_slope_inter(slope, 0)  # nibabel then stores the integers as they are
-    nib.save(image, func / f"{stem}_space-{SPACE}_desc-preproc_bold.nii.gz")
+    nib.save(image, func / f"{stem}_desc-preproc_bold.nii.gz")
     mask = stored_image(anatomy.mask.astype(np.uint8), anatomy.affine, site)
-    nib.save(mask, func / f"{stem}_space-{SPACE}_desc-brain_mask.nii.gz")
-    sidecar = {"TaskName": "rest", "RepetitionTime": site.tr, "SkullStripped": True}
-    write_json(func / f"{stem}_space-{SPACE}_desc-preproc_bold.json", sidecar)
+    nib.save(mask, func / f"{stem}_desc-brain_mask.nii.gz")
+    sidecar = {"TaskName": task, "RepetitionTime": site.tr, "SkullStripped": True}
+    write_json(func / f"{stem}_desc-preproc_bold.json", sidecar)
+    return func
 
 
 def stored_image(data: np.ndarray, affine: np.ndarray, site: Site) -> nib.Nifti1Image:

@@ -20,6 +20,7 @@ from scipy.signal import detrend
 
 from bundle.errors import InputError
 from bundle.experiments import synthetic
+from bundle.experiments.patterns import label_pattern, smooth_field
 from bundle.experiments.signals import group_latents, label_signals
 from bundle.experiments.synthetic import SITES, Site, make_cohort, plan_cohort
 from bundle.preparation.bold import open_bold
@@ -124,17 +125,26 @@ def test_intensities(cohort):
 
 
 def test_labels_lie_at_their_world_coordinates(cohort, atlas):
-    """Within a label all voxels share one signal: what is left is white noise of 1 %, unless AAL3 is mirrored."""
+    """Within a label all voxels share one signal, but for the pattern: the rest is noise, unless AAL3 is mirrored."""
     for subject, _, _ in subjects_of(cohort)[:3]:  # one per site
         mask = nib.load(mask_of(cohort, subject))
         data = nib.load(bold_of(cohort, subject)).get_fdata()
+        latents = detrend(latents_of(cohort, subject), axis=0)
+        courses = dict(zip(latents_of(cohort, subject), latents.T, strict=True))
 
-        def left_over(image: nib.Nifti1Image, mask=mask, data=data) -> float:
+        def left_over(image: nib.Nifti1Image, mask=mask, data=data, courses=courses) -> float:
             where = resample_to_img(image, mask, interpolation="nearest", force_resample=True, copy_header=True)
             numbers = np.asarray(where.dataobj) * (np.asarray(mask.dataobj) > 0)
-            parts = [data[numbers == number] for number in np.unique(numbers)[1:]]
-            parts = [detrend(part / part.mean(axis=1, keepdims=True)) for part in parts if len(part) >= 10]
-            return math.sqrt(np.mean([np.var(part - part.mean(axis=0), ddof=1) for part in parts]))
+            noise = []
+            for region, members in [("limbic", LIMBIC), ("cerebellum", CEREBELLUM)]:
+                known = courses[f"pattern_{region}"]
+                for part in (data[numbers == number] for number in np.intersect1d(numbers, members)):
+                    if len(part) >= 10:
+                        part = detrend(part / part.mean(axis=1, keepdims=True))
+                        part = part - np.outer(part @ known, known) / (known @ known)
+                        part = part - part.mean(axis=0)
+                        noise.append(np.sum(part**2) / ((len(part) - 1) * (len(known) - 3)))  # mean, trend, pattern
+            return math.sqrt(np.mean(noise))
 
         mirrored = new_img_like(atlas, np.asarray(atlas.dataobj), np.diag([-1, 1, 1, 1]) @ atlas.affine)
         assert left_over(atlas) == pytest.approx(0.01, rel=0.06)
@@ -147,9 +157,8 @@ def test_region_means_follow_the_planted_latents(cohort, atlas):
         means = region_means(cohort, subject, atlas)
         for column, region in enumerate(["limbic", "cerebellum"]):
             assert np.corrcoef(means[:, column], latents[region])[0, 1] > 0.6
-    assert list(latents) == [
-        "frontal", "parietal", "temporal", "occipital", "cerebellum", "limbic", "subcortical", "other"
-    ]  # fmt: skip
+    groups = ["frontal", "parietal", "temporal", "occipital", "cerebellum", "limbic", "subcortical", "other"]
+    assert list(latents) == groups + [f"pattern_{group}" for group in groups]
 
 
 def test_latents_are_in_band_and_coupled_as_stated(cohort):
@@ -160,8 +169,9 @@ def test_latents_are_in_band_and_coupled_as_stated(cohort):
         hz = np.fft.rfftfreq(len(latents), site.tr)
         outside = (hz < 0.01) | (hz > 0.1 + 1e-9)
         assert power[outside].sum() < 1e-8 * power.sum()
-        r = np.corrcoef(latents["limbic"], latents["cerebellum"])[0, 1]
-        assert math.atanh(r) == pytest.approx(truth["coupling_z"][subject], abs=1e-4)
+        for prefix, planted in [("", "coupling_z"), ("pattern_", "pattern_z")]:
+            r = np.corrcoef(latents[f"{prefix}limbic"], latents[f"{prefix}cerebellum"])[0, 1]
+            assert math.atanh(r) == pytest.approx(truth[planted][subject], abs=1e-4)
     assert truth["parameters"]["effect"] == EFFECT
     assert truth["best_auroc"] == pytest.approx(0.5 * (1 + math.erf(EFFECT / 2)))
 
@@ -203,12 +213,14 @@ def test_effect_changes_the_cases_only(tmp_path, cohort):
         assert same == (diagnosis == "control")
 
 
-def test_without_an_effect_swapped_diagnoses_change_no_image(tmp_path, monkeypatch):
+@pytest.mark.parametrize("effect_on", synthetic.EFFECTS)
+def test_without_an_effect_swapped_diagnoses_change_no_image(tmp_path, monkeypatch, effect_on):
     def swapped(*arguments) -> pd.DataFrame:
         plan = plan_cohort(*arguments)
         return plan.assign(diagnosis=plan["diagnosis"].map({"control": "adhd", "adhd": "control"}))
 
     arguments = {"subjects": 4, "effect": 0.0, "sites": COARSE[1:2], "duration_s": 40}
+    arguments |= {"effect_on": effect_on}
     plain = make_cohort(tmp_path / "plain", **arguments)
     monkeypatch.setattr(synthetic, "plan_cohort", swapped)
     other = make_cohort(tmp_path / "other", **arguments)
@@ -249,6 +261,102 @@ def test_planted_intensity_is_cohens_d():
     assert plan["intensity"][~case].std() == pytest.approx(0.02, abs=0.001)
     with pytest.raises(InputError, match="effect_on must be one of"):
         plan_cohort(8, 1.5, 5, SITES, "size")
+
+
+@pytest.fixture(scope="module")
+def pattern_cohort(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic") / "patterns"
+    return make_cohort(folder, SUBJECTS, EFFECT, sites=COARSE, effect_on="pattern")
+
+
+def test_the_field_is_smooth_and_fixed():
+    """The correlation of smoothed white noise at a distance d is exp(-d² / 4 sigma²), with FWHM = 2.355 sigma."""
+    field = smooth_field()
+    r = np.corrcoef(field[:-4].ravel(), field[4:].ravel())[0, 1]  # 8 mm apart
+    assert r == pytest.approx(math.exp(-(8**2) / (4 * (16 / 2.3548) ** 2)), abs=0.02)
+    assert field.std() == pytest.approx(1)
+    smooth_field.cache_clear()
+    np.testing.assert_array_equal(smooth_field(), field)
+
+
+def test_a_pattern_is_balanced_within_every_label():
+    mm = np.random.default_rng(1).uniform(-60, 60, (500, 3))
+    labels = np.random.default_rng(2).integers(0, 5, 500) * 2
+    labels[0] = 11  # a label of one voxel
+    mean = np.random.default_rng(3).uniform(0.5, 1.5, 500)
+    pattern = label_pattern(mm, labels, mean).astype(float)
+    for number in (2, 4, 6, 8):
+        inside = labels == number
+        assert np.sum(mean[inside] * pattern[inside]) == pytest.approx(0, abs=1e-5)
+        assert np.mean(pattern[inside] ** 2) == pytest.approx(1, rel=1e-5)
+    assert not pattern[labels == 0].any()
+    assert pattern[0] == 0
+
+
+@pytest.mark.parametrize("voxel_mm", [6.0, 7.0])
+def test_label_means_are_blind_to_the_pattern(atlas, voxel_mm):
+    """Of the noise-free signal of patterns only, by nilearn's masker and resampling of the shipped AAL3."""
+    anatomy = synthetic.site_anatomy(voxel_mm)
+    patterns = group_latents(0.8, 30, 2.0, np.random.default_rng(0))
+    data = np.zeros((*anatomy.mask.shape, 30))
+    data[anatomy.mask] = anatomy.mean[:, None] * synthetic.pattern_change(anatomy, patterns)
+    image, mask = (nib.Nifti1Image(part, anatomy.affine) for part in (data, anatomy.mask.astype(np.uint8)))
+    labels = resample_to_img(atlas, mask, interpolation="nearest", force_resample=True, copy_header=True)
+    means = NiftiLabelsMasker(labels, mask_img=mask, standardize=None).fit_transform(image)
+    assert means.shape[1] > 140
+    assert 0.007 < data[anatomy.mask].std() < 0.015
+    assert np.abs(means).max() < 1e-8
+
+
+def pattern_courses(cohort: Path, subject: str, site: Site) -> np.ndarray:
+    """(T, 2) courses of limbic and cerebellar patterns: each frame's projection on the field; label means drop out."""
+    anatomy = synthetic.site_anatomy(site.voxel_mm)
+    bold = nib.as_closest_canonical(nib.load(bold_of(cohort, subject))).get_fdata()[anatomy.mask]
+    regions = (np.isin(anatomy.labels, numbers) for numbers in (LIMBIC, CEREBELLUM))
+    return np.stack([bold[inside].T @ anatomy.pattern[inside] for inside in regions], axis=1)
+
+
+def test_patterns_show_what_label_means_do_not(pattern_cohort, atlas):
+    truth = json.loads((pattern_cohort / "truth.json").read_text())
+    subjects = subjects_of(pattern_cohort)
+    case = np.array([diagnosis == "adhd" for _, _, diagnosis in subjects])
+    names = [name for name, _, _ in subjects]
+    planted = np.array([truth["pattern_z"][name] for name in names])
+    found = [np.corrcoef(pattern_courses(pattern_cohort, name, site).T)[0, 1] for name, site, _ in subjects]
+    by_means = [math.atanh(np.corrcoef(region_means(pattern_cohort, name, atlas).T)[0, 1]) for name in names]
+    np.testing.assert_allclose(found, np.tanh(planted), atol=0.05)  # noise of 1 %
+    assert cohens_d(planted, case) == pytest.approx(truth["effect_in_this_sample"])
+    assert cohens_d(np.arctanh(found), case) > 3
+    coupling = [truth["coupling_z"][name] for name in names]
+    assert np.corrcoef(by_means, coupling)[0, 1] > 0.9
+    assert abs(cohens_d(np.array(coupling), case)) < 2  # 12 subjects
+
+
+def test_label_means_do_not_change_with_a_subjects_pattern_coupling():
+    anatomy, site = synthetic.site_anatomy(7.0), COARSE[1]
+    latents = group_latents(0.2, 40, site.tr, np.random.default_rng(0))
+    signals = []
+    for z in (-0.5, 1.5):
+        patterns = group_latents(z, 40, site.tr, np.random.default_rng(1))
+        signals.append(synthetic.voxel_signals(anatomy, latents, patterns, 0.0, site.tr, np.random.default_rng(2)))
+    assert np.abs(signals[0] - signals[1]).max() > 0.01
+    inside = [anatomy.labels == number for number in np.unique(anatomy.labels)[1:]]
+    first, second = ([signal[where].astype(float).mean(axis=0) for where in inside] for signal in signals)
+    np.testing.assert_allclose(first, second, rtol=1e-6)
+    np.testing.assert_allclose(np.corrcoef(first), np.corrcoef(second), atol=1e-4)
+
+
+def test_planted_pattern_coupling_is_cohens_d_and_the_same_draw_in_every_kind():
+    plans = {what: plan_cohort(4000, 1.5, 5, SITES, what) for what in synthetic.EFFECTS}
+    case = (plans["pattern"]["diagnosis"] == "adhd").to_numpy()
+    z = plans["pattern"]["pattern_z"].to_numpy()
+    assert cohens_d(z, case) == pytest.approx(1.5, abs=0.15)  # 4 standard errors
+    assert z[~case].mean() == pytest.approx(0.2, abs=0.03)
+    assert cohens_d(plans["pattern"]["coupling_z"].to_numpy(), case) == pytest.approx(0, abs=0.13)
+    assert not plans["pattern"]["intensity"].any()
+    for what in ("coupling", "intensity"):
+        assert z - plans[what]["pattern_z"].to_numpy() == pytest.approx(np.where(case, 0.45, 0))
+    assert np.corrcoef(z[~case], plans["pattern"]["coupling_z"][~case])[0, 1] == pytest.approx(0, abs=0.09)
 
 
 @given(subjects=st.integers(4, 60), sites=st.integers(1, 7), seed=st.integers(0, 2**64))

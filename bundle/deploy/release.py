@@ -7,7 +7,7 @@ from typing import Any
 
 from bundle.errors import InputError
 from bundle.files import file_sha256, write_json
-from bundle.networks.classifier import Classifier
+from bundle.heads.mean import Classifier
 from bundle.preparation.chain import rebuild_preparation
 from bundle.training.checkpoints import load_checkpoint, saved_facts, write_checkpoint
 from bundle.training.provenance import Provenance

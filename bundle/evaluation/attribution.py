@@ -33,7 +33,7 @@ from bundle.errors import InputError
 from bundle.evaluation.intervals import value_and_interval
 from bundle.evaluation.maps import draw
 from bundle.files import write_text
-from bundle.networks.classifier import Classifier
+from bundle.heads.mean import Classifier
 
 logger = logging.getLogger(__name__)
 

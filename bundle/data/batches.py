@@ -12,6 +12,9 @@ from monai.data.utils import set_rnd
 from monai.transforms import Compose
 from torch import Tensor
 
+from bundle.data.clips import clips_of
+from bundle.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 Batch: TypeAlias = tuple[Tensor, dict, tuple, dict]  # network input, target, further arguments and keywords
@@ -67,7 +70,11 @@ class PrepareBatch:
         encode: a frozen map from images `(1, channels, X, Y, Z, T)` to features `(1, c)`, in the precision in which the
             model is served. The network then receives features instead of images. Every clip is encoded once, and
             remembered by its run and start; where the first transform is the one that reads it, not the loader's, it
-            is read once too.
+            is read once too. Of items that are whole runs the features of all clips are stacked, one run after another,
+            and the network receives the number of clips of each run as its second input.
+
+    Raises:
+        InputError: (when called) whole runs, but no `encode`.
     """
 
     def __init__(self, transforms: Sequence[Callable], encode: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -85,20 +92,26 @@ class PrepareBatch:
         """Return `(image, target, network arguments, {})` of a batch, as MONAI's engines expect."""
         if self.encode is not None:
             return self._encoded(items, device, non_blocking)
+        if "starts" in items[0]:
+            raise InputError("whole runs need a frozen encoder; set freeze_encoder true or whole_runs false")
         return self._images(items, device, non_blocking)
 
     def _encoded(self, items: list[dict], device: torch.device | str | None, non_blocking: bool) -> Batch:
         """Features and labels; one clip at a time, so that a clip's features do not depend on its batch."""
         assert self.encode is not None
-        for item in items:
-            clip = item["run_id"], item["start"]
-            if clip not in self._features:
-                image, *_ = self._images([item], device, non_blocking)
+        clips = [clip for item in items for clip in clips_of(item)]
+        for clip in clips:
+            key = clip["run_id"], clip["start"]
+            if key not in self._features:
+                image, *_ = self._images([clip], device, non_blocking)
                 with torch.no_grad():
-                    self._features[clip] = self.encode(image)[0]
-        features = torch.stack([self._features[item["run_id"], item["start"]] for item in items])
-        labels = torch.tensor([[item["label"]] for item in items], device=features.device)
-        return features, {"participant_id": [item["participant_id"] for item in items], "label": labels}, (), {}
+                    self._features[key] = self.encode(image)[0]
+        features = torch.stack([self._features[clip["run_id"], clip["start"]] for clip in clips])
+        target: dict = {"participant_id": [item["participant_id"] for item in items]}
+        if "label" in items[0]:
+            target["label"] = torch.tensor([[item["label"]] for item in items], device=features.device)
+        counts = ([len(item["starts"]) for item in items],) if "starts" in items[0] else ()
+        return features, target, counts, {}
 
     def _images(self, items: list[dict], device: torch.device | str | None, non_blocking: bool) -> Batch:
         items = [

@@ -15,16 +15,19 @@ from bundle.preparation.transforms import CLIP_FRAMES
 logger = logging.getLogger(__name__)
 
 
-def clips(runs: Sequence[Mapping[str, Any]], frames: int = CLIP_FRAMES, stride: int = CLIP_FRAMES) -> list[dict]:
+def clips(
+    runs: Sequence[Mapping[str, Any]], frames: int = CLIP_FRAMES, stride: int = CLIP_FRAMES, whole_runs: bool = False
+) -> list[dict]:
     """List the clips of stored runs, in order: 1 + (T - frames) // stride of each run, the tail left out.
 
     Args:
         runs: records, as in the manifest's "runs".
         frames: the clip's length.
         stride: frames from one clip's start to the next's; equal to `frames` they do not overlap.
+        whole_runs: one item per run, with the "starts" of its clips.
 
     Returns:
-        {"run_id", "participant_id", "start"} for each clip.
+        {"run_id", "participant_id", "start"} for each clip, or {"run_id", "participant_id", "starts"} for each run.
 
     Raises:
         InputError: a length is below 1, or a run is shorter than a clip.
@@ -34,11 +37,23 @@ def clips(runs: Sequence[Mapping[str, Any]], frames: int = CLIP_FRAMES, stride: 
     for run in runs:
         if run["frames"] < frames:
             raise InputError(f"run {run['run_id']} has {run['frames']} frames, fewer than a clip's {frames}")
-    return [
-        {"run_id": run["run_id"], "participant_id": run["participant_id"], "start": start}
+    items = [
+        {
+            "run_id": run["run_id"],
+            "participant_id": run["participant_id"],
+            "starts": list(range(0, run["frames"] - frames + 1, stride)),
+        }
         for run in runs
-        for start in range(0, run["frames"] - frames + 1, stride)
     ]
+    return items if whole_runs else [clip for item in items for clip in clips_of(item)]
+
+
+def clips_of(item: Mapping[str, Any]) -> list[dict]:
+    """The clips of an item: of a whole run one per start, with all else that the run has; of a clip itself."""
+    if "starts" not in item:
+        return [dict(item)]
+    rest = {key: value for key, value in item.items() if key != "starts"}
+    return [rest | {"start": start} for start in item["starts"]]
 
 
 def split_clips(
@@ -49,8 +64,9 @@ def split_clips(
     stride: int = CLIP_FRAMES,
     labelled: bool = False,
     label_shuffle_seed: int | None = None,
+    whole_runs: bool = False,
 ) -> list[dict]:
-    """List the clips of one set of the split file.
+    """List the clips of one set of the split file, or its runs.
 
     Args:
         store: folder of the prepared store.
@@ -61,9 +77,10 @@ def split_clips(
         labelled: add `label` (1 case, 0 control), and refuse runs without one. A training or validation set of
             one class only is refused too; a test set may be so (a site left out).
         label_shuffle_seed: a control: give the labels of the set's participants to each other at random, site by site.
+        whole_runs: one item per run, with the `starts` of its clips.
 
     Returns:
-        Rows with `run_id`, `participant_id`, `start` (frame) and, if asked for, `label`.
+        Rows with `run_id`, `participant_id`, `start` (frame; of whole runs `starts`) and, if asked for, `label`.
 
     Raises:
         InputError: the store has no runs, disagrees with the split file, or lacks a label.
@@ -75,7 +92,7 @@ def split_clips(
     check_participants(splits, {run["participant_id"] for run in runs}, splits_file)
     members = set(splits["sets"][subset])
     chosen = [run for run in runs if run["participant_id"] in members]
-    items = clips(chosen, frames=frames, stride=stride)
+    items = clips(chosen, frames=frames, stride=stride, whole_runs=whole_runs)
     if labelled:
         labels = _labels(chosen, subset, store)
         if label_shuffle_seed is not None:
@@ -84,7 +101,7 @@ def split_clips(
     logger.info(
         "%s set: %d clips of %d frames from %d runs of %d participants",
         subset,
-        len(items),
+        sum(len(clips_of(item)) for item in items),
         frames,
         len(chosen),
         len({run["participant_id"] for run in chosen}),

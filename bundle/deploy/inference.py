@@ -28,7 +28,7 @@ COLUMNS = {
     "participant_id": "as in the table of runs, in the file's BIDS name, or the file's name",
     "probability": "of being a case (1, ADHD; a control is 0), between 0 and 1: sigmoid of the logit, not calibrated",
     "logit": "of the classifier (log odds of being a case), mean over the participant's clips",
-    "clips": "number of clips that were averaged",
+    "clips": "number of clips that were averaged; of a model that scores whole runs, number of runs",
 }
 OTHER_MASK = (
     "the runs that the model was trained on have brain masks of another origin (given, or found in the run), so that "
@@ -43,7 +43,12 @@ def remove_earlier(output_dir: str | Path) -> None:
 
 
 def prepared_clips(
-    dataset_dir: str | Path, store: str | Path, frames: int, stride: int, preparation: Preparation
+    dataset_dir: str | Path,
+    store: str | Path,
+    frames: int,
+    stride: int,
+    preparation: Preparation,
+    whole_runs: bool = False,
 ) -> list[dict]:
     """Prepare the runs of a folder or table and list their clips; `Predictions.report` names those that failed.
 
@@ -54,6 +59,7 @@ def prepared_clips(
         frames: frames per clip.
         stride: frames between the starts of two clips.
         preparation: the one that the model was trained with.
+        whole_runs: list runs instead, see `bundle.data.clips.clips`.
 
     Raises:
         InputError: no run could be prepared.
@@ -64,7 +70,7 @@ def prepared_clips(
         raise InputError(f"{dataset_dir}: none of the {len(rows)} runs can be used; the first: {refused[0]['reason']}")
     usable = {row["run_id"] for row in rows} - {row["run_id"] for row in refused}
     runs = [run for run in read_manifest(store)["runs"] if run["run_id"] in usable]
-    return clips(runs, frames=frames, stride=stride)
+    return clips(runs, frames=frames, stride=stride, whole_runs=whole_runs)
 
 
 class Predictions:

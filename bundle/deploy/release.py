@@ -8,7 +8,6 @@ from typing import Any
 from bundle.data.normalisation import Normalisation
 from bundle.errors import InputError
 from bundle.files import file_sha256, write_json
-from bundle.networks.classifier import Classifier
 from bundle.preparation.chain import rebuild_preparation
 from bundle.training.checkpoints import load_checkpoint, saved_facts, write_checkpoint
 from bundle.training.provenance import Provenance
@@ -68,15 +67,18 @@ class ReleasedModel:
         self.normalisation = Normalisation(**self.record["normalisation"])
         self.preparation = rebuild_preparation(self.record["preparation"], source)
 
-    def load_into(self, network: Classifier) -> None:
+    def load_into(self, network: Any) -> None:
         """Load the weights, refusing a network of other sizes; every key must fit.
 
         Raises:
-            InputError: the network has other sizes than the one that was trained.
+            InputError: the network has other sizes than the one that was trained, or another readout.
         """
         advice = "give the overlays and options that it was trained with"
         Provenance(network=network.encoder.size).require(
             self.record, self.path.with_suffix(".json"), ["network"], advice=advice
         )
-        network.load_state_dict(self.state, strict=True)
+        try:
+            network.load_state_dict(self.state, strict=True)
+        except RuntimeError as error:  # how torch reports keys that do not fit
+            raise InputError(f"{self.path}: its weights do not fit a {type(network).__name__}; {advice}") from error
         logger.info("Loaded the model %s", self.path)

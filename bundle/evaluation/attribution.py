@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 
 from bundle.anatomy.atlas import load_atlas
 from bundle.anatomy.parcels import parcel_index, parcels_of
+from bundle.data.clips import clips_of
 from bundle.errors import InputError
 from bundle.evaluation.intervals import value_and_interval
 from bundle.evaluation.maps import draw
 from bundle.files import write_text
-from bundle.networks.classifier import Classifier
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def ablation(
     """Change of the logit when a unit is taken out (Captum's `FeatureAblation`).
 
     Args:
-        logit: maps images `(B, 1, X, Y, Z, T)` to `(B,)`.
-        image: one clip, `(1, 1, X, Y, Z, T)`.
+        logit: maps images `(B, C, X, Y, Z, T)` to `(B,)`.
+        image: one clip, `(1, 1, X, Y, Z, T)`, or the C clips of one run, `(1, C, X, Y, Z, T)`.
         without: its baseline, of the same shape.
         index: unit of each voxel, `(X, Y, Z)`, 1 to n; 0 for none, which is ablated as a unit of its own.
         count: the number of units, n.
@@ -73,11 +73,11 @@ def gradients(
     counts: Sequence[int],
     steps: int,
 ) -> list[NDArray[np.float64]]:
-    """Integrated gradients (Captum), summed over each unit's voxels and frames.
+    """Integrated gradients (Captum), summed over each unit's voxels, frames and clips.
 
     Args:
-        logit: maps images `(B, 1, X, Y, Z, T)` to `(B,)`.
-        image: one clip, `(1, 1, X, Y, Z, T)`.
+        logit: maps images `(B, C, X, Y, Z, T)` to `(B,)`.
+        image: one clip, `(1, 1, X, Y, Z, T)`, or the C clips of one run, `(1, C, X, Y, Z, T)`.
         without: its baseline, of the same shape.
         indices: arrays as in `ablation`.
         counts: the number of units of each.
@@ -87,7 +87,7 @@ def gradients(
         `(n,)` for each of `indices`.
     """
     found = IntegratedGradients(logit).attribute(image, baselines=without, n_steps=steps, internal_batch_size=1)
-    voxels = found[0, 0].sum(-1).double().flatten().cpu().numpy()
+    voxels = found[0].sum((0, -1)).double().flatten().cpu().numpy()
     pairs = zip(indices, counts, strict=True)
     return [np.bincount(index.flatten(), voxels, minlength=count + 1).astype(float)[1:] for index, count in pairs]
 
@@ -98,10 +98,10 @@ def temporal_mean(image: Tensor) -> Tensor:
 
 
 def cohort_mean(images: Iterable[Tensor]) -> Tensor:
-    """Mean of clips `(..., T)` over clips and frames, `(..., 1)`."""
+    """Mean of images `(1, C, X, Y, Z, T)` over images, clips and frames, `(1, 1, X, Y, Z, 1)`."""
     total, count = None, 0
     for image in images:
-        mean = image.double().mean(-1, keepdim=True)
+        mean = image.double().mean((1, -1), keepdim=True)
         total, count = mean if total is None else total + mean, count + 1
     assert total is not None, "no clip"
     return (total / count).float()
@@ -185,10 +185,11 @@ def attribute(
     Writes `attribution_subjects.csv`, `attribution.csv` and, per method, a map in MNI space with pictures.
 
     Args:
-        network: maps images to logits `(B, 1)`, such as a `Classifier`.
+        network: maps clips to logits `(B, 1)`; with whole runs it is also given the number of clips of each. Its
+            attribute `differentiable` False, where it has one, leaves the integrated gradients out.
         inferer: runs it in the precision that it was trained in.
-        clips: dataset of labelled clips as `ReadClipd` gives them.
-        transforms: to `image` `(1, X, Y, Z, T)`, on the device.
+        clips: dataset of labelled clips, or whole runs, see `bundle.data.clips.split_clips`.
+        transforms: from a clip to `image` `(1, X, Y, Z, T)`, on the device.
         output_dir: folder of the files.
         levels: ablate each "group" (9 passes per clip) and each "label" (167 passes).
         steps: of the integrated gradients; each is a forward and a backward pass.
@@ -211,23 +212,31 @@ def attribute(
     counts = [len(names) for names in members.values()]
     voxels = {level: np.bincount(index[level].flatten(), minlength=len(members[level]) + 1)[1:] for level in LEVELS}
     network.eval().requires_grad_(False)
-    if isinstance(network, Classifier):
-        network.freeze = False  # else no gradient would reach the image through a frozen encoder
+    if hasattr(network, "freeze"):
+        network.freeze = False  # type: ignore[assignment]  # else no gradient would reach the image through a frozen encoder
+
+    differentiable = getattr(network, "differentiable", True)
+    if not differentiable:
+        logger.info("A logit of this readout has no gradient, so there is ablation only")
+    whole_runs = "starts" in clips[0]
 
     def logit(image: Tensor) -> Tensor:
-        return inferer(image, network)[:, 0].float()
+        counts = ([image.shape[1]] * len(image),) if whole_runs else ()
+        return inferer(image.flatten(0, 1)[:, None], network, *counts)[:, 0].float()
 
     def read(position: int) -> tuple[dict, Tensor]:
-        item = prepare(clips[position])
-        return item, torch.as_tensor(item["image"]).as_subclass(Tensor)[None]  # (1, 1, X, Y, Z, T)
+        items = [prepare(clip) for clip in clips_of(clips[position])]
+        return items[0], torch.cat([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])[None]
 
     common = cohort_mean(read(position)[1] for position in range(len(clips))) if baseline == "cohort_mean" else None
     tables = []
     for position in tqdm(range(len(clips)), desc="attribute to regions", unit="clip"):
         item, image = read(position)
         without = temporal_mean(image) if common is None else common.expand_as(image)
-        summed = gradients(logit, image, without, list(index.values()), counts, steps)
-        found = {("integrated_gradients", level): values for level, values in zip(LEVELS, summed, strict=True)}
+        found: dict[tuple[str, str], NDArray[np.float64]] = {}
+        if differentiable:
+            summed = gradients(logit, image, without, list(index.values()), counts, steps)
+            found = {("integrated_gradients", level): values for level, values in zip(LEVELS, summed, strict=True)}
         for level in levels:
             found["ablation", level] = ablation(logit, image, without, index[level], len(members[level]))
         for (method, level), values in found.items():

@@ -6,8 +6,6 @@ scored once, as for the networks.
 """
 
 import logging
-import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +14,6 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from nilearn import signal
-from nilearn.connectome import ConnectivityMeasure
 from nilearn.maskers import NiftiLabelsMasker
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
@@ -24,7 +21,6 @@ from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC
@@ -35,13 +31,12 @@ from bundle.data.splits import SETS, load_splits
 from bundle.errors import InputError
 from bundle.evaluation.subjects import write_test_scores
 from bundle.files import write_json, write_text
+from bundle.heads.connectivity import connectivity_classifier, fit_tuned
 from bundle.preparation.motion import MOTION_COLUMNS, mean_fd_in
 from bundle.preparation.store import read_manifest, read_values, read_voxels
 
 logger = logging.getLogger(__name__)
 
-PENALTIES = tuple(10.0**k for k in range(-4, 3))
-KINDS = ("correlation", "tangent")
 FEWEST_VOXELS = 5
 
 
@@ -91,23 +86,6 @@ def participant_series(store: str | Path, runs: Sequence[dict], cache: Path, atl
         raise InputError(f"{store}: fewer than two AAL3 labels are inside every brain, so there is no connectivity")
     logger.info("Connectivity of %d of %d labels, those that every participant has", len(names), len(atlas.names))
     return {name: pd.concat(parts)[names].to_numpy() for name, parts in tables.items()}
-
-
-def connectivity_classifier(classifier: BaseEstimator, seed: int, inner_folds: int = 5) -> GridSearchCV:
-    """Connectivity, scaling and a linear classifier; kind and penalty are tuned inside the training set.
-
-    Rows are participants, so that no participant is on both sides of an inner fold. The tangent space's reference is
-    fitted on the training rows of each inner fold too.
-    """
-    pipeline = make_pipeline(
-        ConnectivityMeasure(kind="correlation", vectorize=True, discard_diagonal=True, standardize=False),
-        StandardScaler(),
-        classifier,
-    )
-    step = type(classifier).__name__.lower()
-    choices = {"connectivitymeasure__kind": list(KINDS), f"{step}__C": list(PENALTIES)}
-    folds = StratifiedKFold(inner_folds, shuffle=True, random_state=seed)
-    return GridSearchCV(pipeline, choices, scoring="roc_auc", cv=folds)
 
 
 def table_classifier(columns: pd.DataFrame) -> BaseEstimator:
@@ -228,7 +206,7 @@ def run_baseline(
     features, model = BASELINES[name](store, runs, Path(cache), seed)
     sets = load_splits(splits_file)["sets"]
     rows = {subset: (_select(features, sets[subset]), diagnosis[sets[subset]].to_numpy(int)) for subset in SETS}
-    _fit(model, *rows["train"])
+    fit_tuned(model, *rows["train"])
     tables = {
         subset: pd.DataFrame(
             {"participant_id": sets[subset], "label": rows[subset][1], "logit": _logits(model, rows[subset][0])}
@@ -242,25 +220,6 @@ def run_baseline(
     facts["features"] = list(features) if isinstance(features, pd.DataFrame) else "connectivity"
     write_json(Path(folder) / "baseline.json", facts)
     return table
-
-
-def _fit(model: BaseEstimator, rows: Any, labels: NDArray) -> None:
-    """Fit, tuning in fewer inner folds where a class has fewer members than there are folds.
-
-    Raises:
-        InputError: the training set holds fewer than two cases or two controls.
-    """
-    controls, cases = np.bincount(labels, minlength=2)
-    if min(cases, controls) < 2:
-        raise InputError(
-            f"the training set holds {cases} cases and {controls} controls, too few to learn from; make other splits"
-        )
-    with tempfile.TemporaryDirectory() as kept, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Maximum number of iterations")  # of a tangent space's reference
-        if isinstance(model, GridSearchCV):
-            model.set_params(estimator__memory=kept)  # connectivity is the same for every penalty
-            model.cv.n_splits = min(model.cv.n_splits, cases, controls)
-        model.fit(rows, labels)
 
 
 def _select(features: Features, participants: Sequence[str]) -> Any:

@@ -6,9 +6,10 @@ A sweep is a small JSON file:
     results     folder of the results, one folder per trial in trials/
     splits      {"folds": 10, "seed": 0, "test": "all" or [0, 3] or "sites"}; "sites" leaves one site out at a time
     strategies  names of configs/masks, "random_weights" (no pretraining), or {"name", "mask", "pretrain", "train"}
-                with overrides for the two stages; {"mask": "equal", "regions": ["limbic", ["frontal", "cerebellum"]]}
-                stands for one strategy per item, named equal_limbic and equal_frontal_cerebellum (of the mask
-                "region", which is pretrain.json's own, just limbic)
+                with overrides for the two stages, and "readout", a name of configs/readouts, if it is not the mean;
+                {"mask": "equal", "regions": ["limbic", ["frontal", "cerebellum"]]} stands for one strategy per item,
+                named equal_limbic and equal_frontal_cerebellum (of the mask "region", which is pretrain.json's own,
+                just limbic)
     baselines   names of `bundle.experiments.baselines.BASELINES`
     seeds       of the networks
     configs     overlays for every stage, such as "demo"
@@ -104,7 +105,7 @@ def _expand(entry: Any) -> list[Strategy]:
     else:
         found = [_made(entry)]
     for strategy in found:
-        for overlay in strategy.overlays:
+        for overlay in strategy.overlays + strategy.readouts:
             config_file(overlay)
     return found
 
@@ -122,7 +123,7 @@ def _made(entry: Any) -> Strategy:
         return Strategy(**entry)
     except TypeError as error:
         raise InputError(
-            f"strategy {entry!r} must be a name, or have name, mask, regions, pretrain and train"
+            f"strategy {entry!r} must be a name, or have name, mask, regions, pretrain, train and readout"
         ) from error
 
 
@@ -166,12 +167,16 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
     trials = []
     for (strategy, seed, baseline), (fold, splits) in _in_order(baselines + networks, folds):
         own = {"strategy": asdict(strategy), "seed": seed, "splits": splits["sha256"], "baseline": baseline}
-        own["mask"] = [config_file(overlay).read_text() for overlay in strategy.overlays]
+        own["mask"] = [config_file(overlay).read_text() for overlay in strategy.overlays + strategy.readouts]
         own |= {} if baseline else networks_only
         name = f"{slug(strategy.name)}__seed-{seed}__fold-{slug(fold)}"
         trials.append(
             Trial(
-                strategy=replace(strategy, mask=strategy.mask and _anywhere(strategy.mask)),
+                strategy=replace(
+                    strategy,
+                    mask=strategy.mask and _anywhere(strategy.mask),
+                    readout=strategy.readout and _anywhere(strategy.readout),
+                ),
                 seed=seed,
                 fold=fold,
                 folder=str(results / "trials" / name),
@@ -315,7 +320,7 @@ def _write_plan(sweep: Sweep, trials: Sequence[Trial]) -> None:
     plan["directory"] = str(Path.cwd())
     write_json(results / "sweep.json", plan)
     write_json(results / "data.json", describe_data(sweep.store))
-    masks = [overlay for strategy in strategies(sweep) for overlay in strategy.overlays]
+    masks = [overlay for strategy in strategies(sweep) for overlay in strategy.overlays + strategy.readouts]
     for name in dict.fromkeys(["pretrain", "train", "evaluate", *sweep.steps, *sweep.configs, *masks]):
         file = config_file(name)
         write_text(results / "configs" / f"{slug(name.removesuffix('.json'))}.json", file.read_text())

@@ -45,12 +45,14 @@ class Strategy:
             of one; None: no pretraining, random weights.
         pretrain: config id to value, for pretraining.
         train: the same, for classification.
+        readout: of the encoder: an overlay of configs/readouts; None: the mean, as in train.json.
     """
 
     name: str
     mask: str | None = None
     pretrain: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    readout: str | None = None
 
     @property
     def overlays(self) -> list[str]:
@@ -58,6 +60,13 @@ class Strategy:
         if self.mask in (None, REGION):
             return []
         return [self.mask if self.mask.endswith(".json") else f"masks/{self.mask}"]
+
+    @property
+    def readouts(self) -> list[str]:
+        """The overlays of train.json, named likewise."""
+        if self.readout is None:
+            return []
+        return [self.readout if self.readout.endswith(".json") else f"readouts/{self.readout}"]
 
 
 @dataclass(frozen=True)
@@ -155,10 +164,11 @@ def _stages(trial: Trial, lock: int) -> dict[str, Callable[[], Any]]:
         jobs["pretrain"] = ("pretrain", ["pretrain", *masks, *overlays], pretraining)
         if "reconstruct" in trial.steps:
             jobs["reconstruct"] = ("run", ["pretrain", *masks, "reconstruct", *overlays], pretraining)
-    jobs["train"] = ("run", ["train", *overlays], training)
-    jobs["test"] = ("run", ["train", "evaluate", *overlays], training)
+    train = ["train", *trial.strategy.readouts]
+    jobs["train"] = ("run", [*train, *overlays], training)
+    jobs["test"] = ("run", [*train, "evaluate", *overlays], training)
     if "attribute" in trial.steps:
-        jobs["attribute"] = ("run", ["train", "attribute", *overlays], training)
+        jobs["attribute"] = ("run", [*train, "attribute", *overlays], training)
     return {name: partial(run_config, *job, folder / "log.txt", lock, trial.directory) for name, job in jobs.items()}
 
 

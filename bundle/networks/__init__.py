@@ -1,1 +1,1 @@
-"""Shifted-Window Mamba networks: selective scan, encoder, masked autoencoder, classifier."""
+"""Shifted-Window Mamba networks: selective scan, encoder, masked autoencoder."""

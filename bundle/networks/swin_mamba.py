@@ -206,10 +206,16 @@ class EncoderStage(nn.Module):
         self.stack = stack
         self.merge = PatchMerging(channels) if merge else nn.Identity()
 
-    def forward(self, tokens: Tensor, brain: Tensor | None = None) -> Tensor:
-        """Map (b, x, y, z, t, c) to itself, or to (b, x/2, y/2, z/2, t, 2c); t may be below the frames."""
-        tokens = tokens + self.place + self.time[: tokens.shape[4]]
-        return self.merge(self.stack(tokens, brain))
+    def forward(self, tokens: Tensor, brain: Tensor | None = None, merge: bool = True) -> Tensor:
+        """Map (b, x, y, z, t, c) to itself, or to (b, x/2, y/2, z/2, t, 2c); t may be below the frames.
+
+        Args:
+            tokens: the grid of tokens.
+            brain: as in `WindowBlock`.
+            merge: False leaves out the merging of patches.
+        """
+        tokens = self.stack(tokens + self.place + self.time[: tokens.shape[4]], brain)
+        return self.merge(tokens) if merge else tokens
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -327,8 +333,36 @@ class SwinMambaEncoder(nn.Module):
         Raises:
             InputError: the shape does not fit the network.
         """
-        features = self.encode(self.embed(image), self.brain_tokens(image))
-        return self.mirror(features, axis=1).permute(0, 5, 1, 2, 3, 4)
+        return self.tokens(image, len(self.stages)).permute(0, 5, 1, 2, 3, 4)
+
+    def tokens(self, image: Tensor, stage: int) -> Tensor:
+        """Return the tokens of one stage for images (B, 1, X, Y, Z, T), in their orientation.
+
+        Args:
+            image: T at most `frames`.
+            stage: 0: the embedded patches, which know neither place nor time; k: what the blocks of the k-th stage
+                return, before patches are merged. The last one is what `forward` returns.
+
+        Returns:
+            (B, x, y, z, T, c): of stage 1 as many and as wide as of stage 0; of each later one half as many along x, y
+            and z, and twice as wide.
+
+        Raises:
+            InputError: there is no such stage, or the shape does not fit the network.
+        """
+        self.tokens_of(stage)
+        return self.mirror(self.encode(self.embed(image), self.brain_tokens(image), stage), axis=1)
+
+    def tokens_of(self, stage: int) -> tuple[int, int]:
+        """Edge of a token in voxels, and its channels, at a stage of `tokens`.
+
+        Raises:
+            InputError: there is no such stage.
+        """
+        if not 0 <= stage <= len(self.stages):
+            raise InputError(f"stage must be 0 to {len(self.stages)}, as the network has stages, not {stage}")
+        merged = 2 ** max(stage - 1, 0)
+        return self.patch_size * merged, self.channels * merged // 2 ** (len(self.stages) - 1)
 
     def embed(self, image: Tensor) -> Tensor:
         """Turn (B, in_channels, X, Y, Z, T) into tokens (B, x, y, z, T, c) in the orientation of the weights."""
@@ -357,15 +391,16 @@ class SwinMambaEncoder(nn.Module):
         patches = split_patches(self.mirror(image[:, :1], axis=2), self.patch_size)  # (b, x, y, z, t, voxels)
         return (patches != patches[:, :, :, :, :1, :1]).flatten(4).any(-1).any(0)
 
-    def encode(self, tokens: Tensor, brain: Tensor | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, brain: Tensor | None = None, stages: int | None = None) -> Tensor:
         """Run the stages: (B, x, y, z, T, c) to (B, x/8, y/8, z/8, T, 8c) with four stages.
 
         Args:
             tokens: from `embed`.
             brain: from `brain_tokens`.
+            stages: run only so many, and do not merge patches after the last of them; None runs all.
         """
-        for level, stage in enumerate(self.stages):
-            tokens = stage(tokens, brain)
+        for level, stage in enumerate(self.stages[:stages]):
+            tokens = stage(tokens, brain, merge=level + 1 != stages)
             if brain is not None and level < len(self.stages) - 1:
                 brain = halve(brain)
         return tokens

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from bundle.heads.mean import Classifier
 from bundle.networks import compiled as in_c
-from bundle.networks.classifier import Classifier
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.networks.scan import selective_scan
 from bundle.networks.swin_mamba import SwinMambaEncoder

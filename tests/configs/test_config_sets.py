@@ -113,7 +113,7 @@ OF_ITS_OWN = {
     "optimizer#params", "loss#_target_", "inferer#precision", "dataloader", "train#dataset#transform",
     "train#preprocessing#random", "train#reports#description", "train#handlers#0#transforms", "train#handlers#2#metric",
     "train#handlers#2#lower_is_better", "train#trainer#prepare_batch", "validate#dataset#transform",
-    "validate#evaluator#_target_", "run", "run#0#_target_", "run#1",
+    "validate#evaluator#_target_", "prepare_batch#transforms", "prepare_batch#encode", "run", "run#0#_target_", "run#1",
 }  # fmt: skip
 """Entries of one name that are meant to differ between pretraining, classification and service."""
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow, load, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_configs import CONFIGS, ROOT, TINY, run, workflow
+from tiny_configs import CONFIGS, ROOT, TINY, run, sentence, workflow
 
 from bundle.command_line import refuse_unknown_options
 from bundle.data.splits import make_splits, save_splits
@@ -158,14 +158,6 @@ def test_an_absent_encoder_is_refused_and_random_weights_must_be_asked_for(outpu
     assert "no checkpoint here" in sentence(caught.value)
     classify(store, output, output_dir=str(tmp_path / "b"), encoder_checkpoint="random")
     assert (tmp_path / "b" / "best.pt").is_file()
-
-
-def sentence(error: BaseException | None) -> str:
-    """The message of the InputError that MONAI wrapped."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__
-    assert error is not None
-    return str(error)
 
 
 @pytest.mark.parametrize(("configs", "kind"), [(["pretrain"], "train"), (["train"], "train"), (["inference"], "infer")])

@@ -157,6 +157,36 @@ def test_reseeding_repeats_an_epoch_and_another_seed_does_not(store: Path):
     assert not torch.equal(first[1], other[1])
 
 
+def test_a_whole_run_is_the_features_of_its_clips_in_order(store: Path):
+    settings = {"frames": 10, "stride": 10, "labelled": True}
+    clips = split_clips(store, store / "splits.json", "train", **settings)
+    runs = split_clips(store, store / "splits.json", "train", **settings, whole_runs=True)
+    assert [(run["run_id"], start) for run in runs for start in run["starts"]] == [
+        (clip["run_id"], clip["start"]) for clip in clips
+    ]
+    transforms = [ReadClipd(store, frames=10), ScatterClipd(), TimeLastd()]
+    seen = []
+
+    def encode(image):
+        seen.append(image)
+        return image.mean((1, 2, 3, 4))  # (1, T)
+
+    prepare = PrepareBatch(transforms, encode)
+    features, target, (counts,), _ = prepare(runs[:2])
+    expected, *_ = PrepareBatch(transforms, encode)(clips[:6])
+    assert counts == [3, 3]
+    assert torch.equal(features, expected)
+    assert target["label"].shape == (2, 1)
+    assert target["participant_id"] == [run["participant_id"] for run in runs[:2]]
+    prepare(runs[1:2])
+    assert len(seen) == 12  # nothing twice by one
+    unlabelled, target, *_ = prepare([{key: value for key, value in runs[0].items() if key != "label"}])
+    assert torch.equal(unlabelled, features[:3])
+    assert "label" not in target
+    with pytest.raises(InputError, match="whole runs need a frozen encoder"):
+        PrepareBatch(transforms)(runs[:1])
+
+
 def test_a_frozen_encoder_sees_every_clip_once_and_it_is_read_once(store: Path):
     items = split_clips(store, store / "splits.json", "train", frames=4, labelled=True)[:3]
     read = ReadClipd(store, frames=4)

@@ -9,7 +9,7 @@ import torch
 from bundle.data.normalisation import Normalisation
 from bundle.deploy.release import ReleasedModel, release
 from bundle.errors import InputError
-from bundle.networks.classifier import Classifier
+from bundle.heads.mean import Classifier
 from bundle.preparation.chain import load_preparation
 from bundle.training.checkpoints import save_checkpoint
 from bundle.training.provenance import Provenance

@@ -59,6 +59,22 @@ def test_only_the_regions_that_the_network_uses_are_found():
     assert found == pytest.approx(expected / 2, abs=1e-2 * abs(value) + 1e-5)
 
 
+def test_clips_of_a_run_are_ablated_together():
+    clips = [clip(seed) for seed in range(2)]
+    network = Coupling()
+    run = torch.cat(clips, dim=1)  # (1, 2, X, Y, Z, T)
+
+    def total(image):
+        return sum(network(image[:, position, None]) for position in range(image.shape[1]))
+
+    without = temporal_mean(run)
+    alone = [ablation(network, image, temporal_mean(image), VOXELS, len(GROUPS)) for image in clips]
+    assert ablation(total, run, without, VOXELS, len(GROUPS)) == pytest.approx(sum(alone), abs=1e-5)
+    alone = [gradients(network, image, temporal_mean(image), [VOXELS], [len(GROUPS)], steps=2)[0] for image in clips]
+    (found,) = gradients(total, run, without, [VOXELS], [len(GROUPS)], steps=2)
+    assert found == pytest.approx(sum(alone), abs=1e-5)
+
+
 class Brightness(nn.Module):
     """Mean over the limbic voxels and frames, twice."""
 

@@ -17,14 +17,13 @@ from bundle.anatomy.atlas import labels_on, load_atlas
 from bundle.data.splits import make_splits, save_splits
 from bundle.errors import InputError
 from bundle.experiments.baselines import (
-    _fit,
-    connectivity_classifier,
     mean_motion,
     participants_table,
     region_series,
     run_baseline,
     table_classifier,
 )
+from bundle.heads.connectivity import connectivity_classifier, fit_tuned
 from bundle.preparation.store import (
     read_clip,
     read_manifest,
@@ -129,11 +128,11 @@ def test_few_cases_are_shared_out_over_fewer_inner_folds_and_one_is_too_few():
         labels = np.repeat([1, 0], [cases, 9])
         series = [rng.normal(size=(40, 4)) for _ in labels]
         model = connectivity_classifier(LogisticRegression(), 0)
-        _fit(model, series, labels)
+        fit_tuned(model, series, labels)
         assert model.n_splits_ == inner
         assert np.isfinite(model.cv_results_["mean_test_score"]).all()
     with pytest.raises(InputError, match="holds 1 cases and 9 controls"):
-        _fit(connectivity_classifier(LogisticRegression(), 0), series[:10], np.repeat([1, 0], [1, 9]))
+        fit_tuned(connectivity_classifier(LogisticRegression(), 0), series[:10], np.repeat([1, 0], [1, 9]))
 
 
 def test_majority_scores_the_share_of_the_more_frequent_class(store, tmp_path):

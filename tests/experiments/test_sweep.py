@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -93,6 +94,20 @@ def test_stages_run_in_order_once_and_share_the_store(store, tmp_path, calls):
     assert run_sweep(small(store, tmp_path)) == []
     assert len(calls.calls) == before
     assert not list((tmp_path / "results").rglob("last.pt"))
+
+
+def test_a_readout_is_an_overlay_of_all_that_follows_pretraining(store, tmp_path, calls):
+    strategies = [{"name": "covariance", "mask": "random_tube", "readout": "covariance"}]
+    sweep = small(store, tmp_path, baselines=[], splits={"folds": 3, "test": [1]}, strategies=strategies)
+    run_sweep(replace(sweep, steps=["attribute"], configs=["demo"]))
+    own = "readouts/covariance"
+    assert [call[1] for call in calls.calls] == [
+        ("pretrain", "masks/random_tube", "demo"),
+        ("train", own, "demo"),
+        ("train", own, "evaluate", "demo"),
+        ("train", own, "attribute", "demo"),
+    ]
+    assert (tmp_path / "results" / "configs" / "readouts_covariance.json").is_file()
 
 
 def test_the_best_encoder_is_frozen_and_the_best_classifier_tested_on_one_split_file(store, tmp_path, calls):

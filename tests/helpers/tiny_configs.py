@@ -4,6 +4,8 @@ from pathlib import Path
 
 from monai.bundle import ConfigWorkflow
 
+from bundle.errors import InputError
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 TINY = {"embed_dim": 4, "depths": [1, 1, 1, 1], "frames": 4, "batch_size": 2, "max_epochs": 1, "num_workers": 0}
@@ -24,3 +26,11 @@ def run(*configs: str, kind: str = "train", **overrides: object) -> ConfigWorkfl
     flow.run()
     flow.finalize()
     return flow
+
+
+def sentence(error: BaseException | None) -> str:
+    """The message of the InputError that MONAI wrapped."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    assert error is not None
+    return str(error)

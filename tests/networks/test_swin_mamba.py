@@ -191,6 +191,27 @@ def test_las_weights_see_a_mirrored_image():
     torch.testing.assert_close(las.encoder(clip), ras.encoder(clip.flip(2)).flip(2))
 
 
+@pytest.mark.parametrize("orientation", ["RAS", "LAS"])
+@pytest.mark.parametrize("skip_background", [False, True])
+def test_tokens_of_the_last_stage_are_the_features_and_those_of_stage_0_the_patches(orientation, skip_background):
+    encoder = SwinMambaEncoder(**SMALL, orientation=orientation, skip_background=skip_background).eval()
+    clip = image()
+    with torch.no_grad():
+        assert torch.equal(encoder.tokens(clip, 2).permute(0, 5, 1, 2, 3, 4), encoder(clip))
+        by_hand = split_patches(clip.flip(2) if orientation == "LAS" else clip, 6) @ encoder.patch_embedding.weight.T
+        by_hand = by_hand + encoder.patch_embedding.bias
+        by_hand = by_hand.flip(1) if orientation == "LAS" else by_hand
+        torch.testing.assert_close(encoder.tokens(clip, 0), by_hand)
+        first = encoder.mirror(encoder.tokens(clip, 1), 1)  # in the orientation of the weights
+        brain = encoder.brain_tokens(clip)
+        merged = encoder.stages[0].merge(first)
+        last = encoder.stages[1](merged, None if brain is None else halve(brain))
+        assert torch.equal(encoder.mirror(last, 1), encoder.tokens(clip, 2))
+    assert [encoder.tokens_of(stage) for stage in range(3)] == [(6, 4), (6, 4), (12, 8)]
+    with pytest.raises(InputError, match="stage must be 0 to 2"):
+        encoder.tokens(clip, 3)
+
+
 def test_weights_cannot_be_mirrored_instead_of_the_image():
     """Why `orientation` exists: with mirrored embeddings Mamba still reads x in the old direction."""
     encoder, mirrored = autoencoder().encoder, autoencoder().encoder

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bundle.networks.classifier import Classifier
+from bundle.heads.mean import Classifier
 
 SMALL = {"image_size": [24, 24, 24], "frames": 4, "embed_dim": 4, "depths": [1, 1]}
 

@@ -1,11 +1,13 @@
 """A light classification head on a frozen encoder."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bundle.errors import InputError
 from bundle.networks.swin_mamba import SwinMambaEncoder
 
 
@@ -47,8 +49,14 @@ class Classifier(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             return self.encoder(image).mean(dim=(2, 3, 4, 5))
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Map images (B, 1, X, Y, Z, T), or their `features` (B, c), to logits (B, 1)."""
+    def forward(self, image: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """Map images (B, 1, X, Y, Z, T), or their `features` (B, c), to logits (B, 1).
+
+        Raises:
+            InputError: `counts` say that these are clips of whole runs.
+        """
+        if counts is not None:
+            raise InputError("this readout scores single clips; set whole_runs false, or give one of configs/readouts")
         features = image if image.ndim == 2 else self.features(image)
         if len(features) == 1:  # one clip alone has no spread to learn
             norm = self.norm

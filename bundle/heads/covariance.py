@@ -1,0 +1,212 @@
+"""A readout of how parcels fluctuate together: covariance of a frozen encoder's tokens in tangent space."""
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from nilearn.connectome import ConnectivityMeasure
+from numpy.typing import NDArray
+from sklearn.covariance import LedoitWolf
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from bundle.anatomy.atlas import load_atlas
+from bundle.errors import InputError
+from bundle.heads.connectivity import connectivity_classifier, fit_tuned
+from bundle.heads.pooling import pool, token_shares
+from bundle.networks.swin_mamba import SwinMambaEncoder
+
+SUBTRACT = ("clip_mean", "training_mean", None)
+FAINT = 1e-4
+"""A component whose SD in a run is below this share of its SD in training is rounding noise, and counts as still."""
+
+
+class CovarianceReadout(nn.Module):
+    """Score whole runs by the covariance of parcels' courses, in the tangent space of the training set's mean.
+
+    The encoder's tokens are averaged over each parcel. A parcel's channels become a few principal components, whose
+    courses over a run are scaled to SD 1. Their Ledoit-Wolf covariance is mapped to the tangent space of the training
+    participants' geometric mean (Varoquaux et al. 2010, MICCAI; nilearn's `ConnectivityMeasure`), standardised, and
+    weighed by a logistic regression whose penalty is tuned in folds of the training participants.
+
+    Nothing is learnt by gradients: `fit` fits all of it, and the state dict holds it as plain tensors.
+
+    Args:
+        freeze: must be True.
+        stage: whose tokens are read, see `SwinMambaEncoder.tokens`.
+        level: parcels, "label" or "group".
+        components: principal components of each parcel's channels.
+        subtract: what is taken off before, frame by frame of the clip: "clip_mean", the run's own mean over its clips;
+            "training_mean", the mean over all clips of all training runs; or None. (The embedding of time repeats in
+            every clip, and would pass for a fluctuation that all parcels share.)
+        atlas: label image; None: AAL3v1, 1 mm.
+        **encoder: the arguments of `SwinMambaEncoder`.
+
+    Raises:
+        InputError: an argument is none of those above.
+    """
+
+    differentiable = False  # with respect to the images
+
+    def __init__(
+        self,
+        freeze: bool = True,
+        stage: int = 1,
+        level: str = "label",
+        components: int = 1,
+        subtract: str | None = "clip_mean",
+        atlas: str | Path | None = None,
+        **encoder: Any,
+    ) -> None:
+        super().__init__()
+        if not freeze:
+            raise InputError("the covariance readout is fitted, not trained, so its encoder stays frozen")
+        if subtract not in SUBTRACT:
+            raise InputError(f"subtract must be clip_mean, training_mean or null, not {subtract!r}")
+        self.encoder = SwinMambaEncoder(**encoder).requires_grad_(False).eval()
+        edge, channels = self.encoder.tokens_of(stage)
+        if not 1 <= components <= channels:
+            raise InputError(f"components must be 1 to {channels}, the channels of stage {stage}, not {components}")
+        self.stage, self.components, self.subtract = stage, components, subtract
+        self.register_buffer("shares", token_shares(atlas, level, edge, self.encoder.image_size), persistent=False)
+        self.settings: dict[str, Any] = {  # what the fitted numbers mean nothing without
+            "stage": stage,
+            "level": level,
+            "components": components,
+            "subtract": subtract,
+            "atlas": load_atlas(atlas).sha256,
+        }
+        self.fitted: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay as it is: nothing here behaves otherwise in training."""
+        return super().train(False)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the settings, and all that was fitted as tensors on the CPU; `torch.load(weights_only=True)` reads it.
+
+        The tensors are `training_mean` (T, P, c), `basis` (P, c, k), `spread` (P, k), `mean` and `whitening`
+        (P * k, P * k), `weights` (P * k * (P * k + 1) / 2,) and `bias` (); there are none before `fit`.
+        """
+        return {"settings": dict(self.settings), "fitted": dict(self.fitted)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `get_extra_state` returned.
+
+        Raises:
+            InputError: it was fitted with other settings.
+        """
+        for name, here in self.settings.items():
+            if state["settings"].get(name) != here:
+                was = state["settings"].get(name)
+                raise InputError(f"the covariance readout was fitted with {name} {was!r}, but here it is {here!r}")
+        self.fitted = {name: tensor.cpu() for name, tensor in state["fitted"].items()}
+
+    @torch.no_grad()
+    def features(self, image: Tensor) -> Tensor:
+        """Map clips (C, 1, X, Y, Z, T) to their tokens' mean over each parcel, float32 (C, T, P, c)."""
+        assert isinstance(self.shares, Tensor)
+        return pool(self.encoder.tokens(image, self.stage), self.shares)
+
+    def fit(
+        self,
+        runs: Sequence[Tensor],
+        labels: Sequence[float],
+        seed: int = 0,
+        participants: Sequence[Hashable] | None = None,
+    ) -> None:
+        """Fit all but the encoder to the training runs.
+
+        Args:
+            runs: `features` of each run's clips, (C, T, P, c).
+            labels: 1 case, 0 control, of each run.
+            seed: of the inner folds.
+            participants: who each run is of; None: each of another one. Courses of a participant's runs are joined, so
+                that no participant is on both sides of an inner fold.
+
+        Raises:
+            InputError: a run does not fit, or there are fewer than two cases or two controls.
+        """
+        total = sum(run.double().sum(0) for run in runs)
+        self.fitted = {"training_mean": torch.as_tensor(total).cpu() / sum(map(len, runs))}
+        moment, frames = torch.zeros(()), 0
+        for run in runs:
+            centred = self._centred(run)  # (n, P, c)
+            moment, frames = moment + torch.einsum("npc,npd->pcd", centred, centred), frames + len(centred)
+        variances, vectors = torch.linalg.eigh(moment / frames)  # ascending
+        self.fitted["basis"] = vectors[..., -self.components :].contiguous()
+        spread = variances[..., -self.components :].clamp(min=0).sqrt()
+        self.fitted["spread"] = spread.clamp(min=FAINT * spread.max().item())  # parcels outside every brain
+        joined: dict[Hashable, list[NDArray[np.float64]]] = {}
+        label_of: dict[Hashable, int] = {}
+        for name, run, label in zip(participants or range(len(runs)), runs, labels, strict=True):
+            joined.setdefault(name, []).append(self._courses(run))
+            label_of[name] = int(label)
+        model = connectivity_classifier(
+            LogisticRegression(max_iter=5000, random_state=seed), seed, kinds=["tangent"], discard_diagonal=False
+        )
+        fit_tuned(model, [np.concatenate(parts) for parts in joined.values()], np.array(list(label_of.values())))
+        connectivity, scaler, classifier = (step for _, step in model.best_estimator_.steps)
+        weights = classifier.coef_[0] / scaler.scale_
+        found = {
+            "mean": connectivity.mean_,
+            "whitening": connectivity.whitening_,
+            "weights": weights,
+            "bias": classifier.intercept_[0] - weights @ scaler.mean_,
+        }
+        self.fitted |= {name: torch.as_tensor(value, dtype=torch.float64) for name, value in found.items()}
+
+    def forward(self, image: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """Score whole runs.
+
+        Args:
+            image: clips (C, 1, X, Y, Z, T), or their `features` (C, T, P, c), one run after another.
+            counts: clips of each run; None: all are of one run.
+
+        Returns:
+            Logits (n, 1), one per run, float32, without gradients.
+
+        Raises:
+            InputError: it was not fitted, or to features of another shape, or a run has too few clips.
+        """
+        if "weights" not in self.fitted:
+            raise InputError("the covariance readout was not fitted; fit it, or load a checkpoint of one")
+        features = image.detach() if image.ndim == 4 else self.features(image)
+        counts = [len(features)] if counts is None else list(counts)
+        courses = [self._courses(run) for run in features.split(counts)]
+        connectivity = ConnectivityMeasure(kind="tangent", vectorize=True, standardize=False)
+        connectivity.cov_estimator_ = LedoitWolf(store_precision=False)
+        connectivity.mean_, connectivity.whitening_ = (self.fitted[name].numpy() for name in ("mean", "whitening"))
+        vectors = connectivity.transform([*courses, courses[0]])[:-1]  # it refuses one run alone
+        logits = vectors @ self.fitted["weights"].numpy() + self.fitted["bias"].item()
+        return torch.as_tensor(logits, dtype=torch.float32, device=image.device)[:, None]
+
+    def _centred(self, run: Tensor) -> Tensor:
+        """A run's features (C, T, P, c) as deviations (C * T, P, c), float64 on the CPU."""
+        expected = self.fitted["training_mean"].shape
+        if run.shape[1:] != expected:
+            raise InputError(
+                f"the covariance readout was fitted to clips of (frames, parcels, channels) {tuple(expected)}, not "
+                f"{tuple(run.shape[1:])}"
+            )
+        values = run.cpu().double()
+        if self.subtract == "clip_mean":
+            if len(values) < 2:
+                raise InputError(
+                    "a run of one clip does not differ from its mean over clips; give longer runs, or subtract "
+                    "training_mean"
+                )
+            values = values - values.mean(0)
+        elif self.subtract == "training_mean":
+            values = values - self.fitted["training_mean"]
+        flat = values.flatten(0, 1)
+        return flat - flat.mean(0)
+
+    def _courses(self, run: Tensor) -> NDArray[np.float64]:
+        """A run's features (C, T, P, c) as courses (C * T, P * k) of SD 1, or 0 where nothing happens."""
+        courses = torch.einsum("npc,pck->npk", self._centred(run), self.fitted["basis"])
+        spread = courses.std(0, correction=0)
+        still = spread <= FAINT * self.fitted["spread"]
+        return (courses / spread.where(~still, torch.inf)).flatten(1).numpy()

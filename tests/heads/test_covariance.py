@@ -1,0 +1,209 @@
+"""The covariance readout: a planted coupling, and the same by nilearn and scikit-learn alone.
+
+Not covered: what real data hold.
+"""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from nilearn.connectome import ConnectivityMeasure
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from bundle.errors import InputError
+from bundle.heads.covariance import CovarianceReadout
+
+SMALL = {"frames": 10, "embed_dim": 4, "depths": [1, 1], "level": "group"}
+PARCELS = 8
+
+
+def readout(**changes) -> CovarianceReadout:
+    torch.manual_seed(0)
+    return CovarianceReadout(**(SMALL | changes))
+
+
+def cohort(people: int, seed: int, coupling: float = 0.7, clips: int = 12) -> tuple[list[torch.Tensor], np.ndarray]:
+    """Runs (C, 10, 8, 4) with one source per parcel; in cases those of the first two parcels are coupled.
+
+    Around a static value per parcel, and beside noise in all channels.
+    """
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).normal(size=(PARCELS, 4))
+    mixing /= np.linalg.norm(mixing, axis=1, keepdims=True)
+    labels = np.arange(people) % 2
+    runs = []
+    for label in labels:
+        source = rng.normal(size=(clips * 10, PARCELS))
+        if label:
+            source[:, 1] = coupling * source[:, 0] + np.sqrt(1 - coupling**2) * source[:, 1]
+        values = source[..., None] * mixing + 0.1 * rng.normal(size=(len(source), PARCELS, 4))
+        values += rng.normal(size=(1, PARCELS, 4))
+        runs.append(torch.tensor(values, dtype=torch.float32).view(clips, 10, PARCELS, 4))
+    return runs, labels
+
+
+def scores(network: CovarianceReadout, runs: list[torch.Tensor]) -> np.ndarray:
+    return network(torch.cat(runs), [len(run) for run in runs])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("subtract", ["clip_mean", "training_mean", None])
+def test_a_planted_coupling_is_found(subtract):
+    network = readout(subtract=subtract)
+    network.fit(*cohort(40, 0))
+    runs, labels = cohort(40, 1)
+    assert roc_auc_score(labels, scores(network, runs)) > 0.95
+
+
+def test_shuffled_labels_score_about_one_half():
+    """Mean over five shufflings that are balanced against the truth; its SD by chance is about 0.05."""
+    runs, _ = cohort(40, 0)
+    others, labels = cohort(40, 1)
+    found = []
+    for seed in range(5):
+        shuffled = np.empty(40)
+        rng = np.random.default_rng(seed)
+        for group in (0, 1):
+            shuffled[group::2] = rng.permutation(np.repeat([0, 1], 10))
+        network = readout()
+        network.fit(runs, shuffled)
+        found.append(roc_auc_score(labels, scores(network, others)))
+    assert np.mean(found) == pytest.approx(0.5, abs=0.2)
+
+
+def test_the_result_is_that_of_nilearn_and_scikit_learn():
+    (runs, labels), (others, _) = cohort(24, 0, 0.3), cohort(6, 1, 0.3)
+
+    def deviations(run):
+        values = run.numpy().astype(np.float64)
+        values = (values - values.mean(0)).reshape(-1, PARCELS, 4)
+        return values - values.mean(0)
+
+    def courses(run):
+        parts = [deviations(run)[:, p] @ axes[p] for p in range(PARCELS)]
+        return np.stack([part / part.std() for part in parts], axis=1)
+
+    joined = np.concatenate([deviations(run) for run in runs])
+    axes = [np.linalg.svd(joined[:, p], full_matrices=False)[2][0] for p in range(PARCELS)]
+    pipeline = make_pipeline(
+        ConnectivityMeasure(kind="tangent", vectorize=True, standardize=False),
+        StandardScaler(),
+        LogisticRegression(max_iter=5000),
+    )
+    folds = StratifiedKFold(5, shuffle=True, random_state=3)
+    choices = {"logisticregression__C": 10.0 ** np.arange(-4, 3)}
+    expected = GridSearchCV(pipeline, choices, scoring="roc_auc", cv=folds).fit([courses(run) for run in runs], labels)
+    network = readout()
+    network.fit(runs, labels, seed=3)
+    found = scores(network, others)
+    # to single precision: an axis and its mirror image are the same component
+    np.testing.assert_allclose(found, expected.decision_function([courses(run) for run in others]), rtol=1e-4)
+    alone = [network(run).item() for run in others]
+    np.testing.assert_allclose(found, alone, rtol=1e-6)
+
+
+def test_what_repeats_in_every_clip_does_not_count():
+    (runs, labels), (others, _) = cohort(24, 0), cohort(6, 1)
+    repeated = 3 * torch.randn(10, PARCELS, 4)
+    plain, fixed, none = readout(), readout(), readout(subtract=None)
+    plain.fit(runs, labels)
+    fixed.fit([run + repeated for run in runs], labels)
+    none.fit(runs, labels)
+    torch.testing.assert_close(
+        torch.tensor(scores(plain, others)),
+        torch.tensor(scores(fixed, [run + repeated for run in others])),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    moved = scores(none, [run + repeated for run in others]) - scores(none, others)
+    assert np.abs(moved).max() > 0.1
+
+
+def test_the_state_goes_through_a_file_and_other_settings_are_refused():
+    (runs, labels), (others, _) = cohort(24, 0), cohort(6, 1)
+    network = readout(components=2)
+    network.fit(runs, labels)
+    file = io.BytesIO()
+    torch.save(network.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    again = readout(components=2)
+    with pytest.raises(InputError, match="was not fitted"):
+        scores(again, others)
+    again.load_state_dict(state, strict=True)
+    np.testing.assert_array_equal(scores(again, others), scores(network, others))
+    with pytest.raises(InputError, match="fitted with stage 1, but here it is 0"):
+        readout(components=2, stage=0).load_state_dict(state)
+    with pytest.raises(InputError, match=r"\(10, 8, 4\), not \(9, 8, 4\)"):
+        again(others[0][:, :9])
+    with pytest.raises(InputError, match="one clip"):
+        again(others[0][:1])
+
+
+def test_nothing_is_learnt_from_who_is_scored():
+    """A score is the same alone, and beside runs of another scale."""
+    (runs, labels), (others, _) = cohort(24, 0), cohort(6, 1)
+    network = readout()
+    network.fit(runs, labels)
+    before = {name: tensor.clone() for name, tensor in network.fitted.items()}
+    found = scores(network, others)
+    beside = scores(network, [*others[:3], *(100 * run**3 for run in others[3:])])
+    np.testing.assert_allclose(beside[:3], found[:3], rtol=1e-6)
+    assert all(torch.equal(network.fitted[name], tensor) for name, tensor in before.items())
+    again = readout()
+    again.fit(runs, labels)
+    np.testing.assert_array_equal(scores(again, others), found)
+
+
+def test_runs_of_a_participant_are_one_row():
+    runs, labels = cohort(24, 0)
+    network, halves = readout(subtract=None), readout(subtract=None)
+    scaled = [run for pair in zip(runs, runs, strict=True) for run in pair]
+    network.fit(runs, labels)
+    halves.fit(scaled, np.repeat(labels, 2), participants=np.repeat(np.arange(24), 2).tolist())
+    # a run twice has the same courses, but is shrunk less
+    assert np.corrcoef(scores(network, runs), scores(halves, runs))[0, 1] > 0.99
+    with pytest.raises(InputError, match="1 cases and 1 controls"):
+        readout().fit(runs[:4], labels[:4], participants=["a", "b", "a", "b"])
+
+
+def test_a_parcel_outside_a_brain_counts_as_still():
+    (runs, labels), (others, _) = cohort(24, 0), cohort(6, 1)
+    for run in [*runs[:3], *others[:2]]:
+        run[:, :, 5] = 0.3
+    for run in [*runs, *others]:
+        run[:, :, 7] = 0.3
+    network = readout()
+    network.fit(runs, labels)
+    assert np.isfinite(scores(network, others)).all()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_features_are_read_from_images(stage: int):
+    network = readout(stage=stage)
+    image = torch.randn(2, 1, 96, 96, 96, 10)
+    features = network.features(image)
+    assert features.shape == (2, 10, PARCELS, 4 * 2 ** max(stage - 1, 0))
+    assert features.dtype == torch.float32
+    if stage == 1:
+        runs, labels = cohort(12, 0)
+        network.fit(runs, labels)
+        torch.testing.assert_close(network(image), network(features))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"freeze": False}, "stays frozen"),
+        ({"subtract": "mean"}, "subtract must be"),
+        ({"components": 5}, "components must be 1 to 4"),
+        ({"stage": 3}, "stage must be 0 to 2"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(change: dict, words: str):
+    with pytest.raises(InputError, match=words):
+        readout(**change)

@@ -114,6 +114,7 @@ OF_ITS_OWN = {
     "train#preprocessing#random", "train#reports#description", "train#handlers#0#transforms", "train#handlers#2#metric",
     "train#handlers#2#lower_is_better", "train#trainer#prepare_batch", "validate#dataset#transform",
     "validate#evaluator#_target_", "prepare_batch#transforms", "prepare_batch#encode", "run", "run#0#_target_", "run#1",
+    "scatter#normalisation",
 }  # fmt: skip
 """Entries of one name that are meant to differ between pretraining, classification and service."""
 

@@ -164,7 +164,7 @@ def test_a_whole_run_is_the_features_of_its_clips_in_order(store: Path):
     assert [(run["run_id"], start) for run in runs for start in run["starts"]] == [
         (clip["run_id"], clip["start"]) for clip in clips
     ]
-    transforms = [ReadClipd(store, frames=10), ScatterClipd(), TimeLastd()]
+    transforms = [ReadClipd(store, frames=10), ScatterClipd(RUN), TimeLastd()]
     seen = []
 
     def encode(image):

@@ -169,6 +169,11 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
         own = {"strategy": asdict(strategy), "seed": seed, "splits": splits["sha256"], "baseline": baseline}
         own["mask"] = [config_file(overlay).read_text() for overlay in strategy.overlays + strategy.readouts]
         own |= {} if baseline else networks_only
+        pretraining = {name: own[name] for name in ("seed", "splits")} | {
+            "configs": [config_file(name).read_text() for name in ("pretrain", *strategy.overlays, *sweep.configs)],
+            "reconstruct": config_file("reconstruct").read_text() if "reconstruct" in sweep.steps else None,
+            "overrides": {**sweep.overrides, **strategy.pretrain},
+        }
         name = f"{slug(strategy.name)}__seed-{seed}__fold-{slug(fold)}"
         trials.append(
             Trial(
@@ -188,10 +193,15 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
                 steps=tuple(sweep.steps),
                 resamples=sweep.bootstrap_resamples,
                 directory=str(Path.cwd()),
-                sha256=hashlib.sha256(json.dumps(shared | own, sort_keys=True).encode()).hexdigest(),
+                pretraining="" if strategy.mask is None else _hash(shared | pretraining)[:16],
+                sha256=_hash(shared | own),
             )
         )
     return trials
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _anywhere(config: str) -> str:

@@ -6,10 +6,15 @@ An unfinished one goes on from its last checkpoint; one with another hash is del
 A trial is locked while it is run (see `bundle.locks.locked`), by the file `<trial>.lock` beside its folder: a second
 process is refused. Its training process holds the lock too, so that a Dask worker that is lost while its training goes
 on keeps others out.
+
+Trials that pretrain alike, and differ only in what is read of the encoder, share one pretraining: a trial's `pretrain`
+is a link to a folder of `pretrainings/`, named by the hash of what shapes it. It has a lock of its own, for which the
+others wait, and a file `<stage>.done` for each of its stages that is done.
 """
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -71,7 +76,10 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Trial:
-    """One strategy (or baseline), seed and fold; `sha256` covers everything that shapes its result."""
+    """One strategy (or baseline), seed and fold.
+
+    `sha256` covers everything that shapes its result, and `pretraining` what shapes its pretraining, "" without one.
+    """
 
     strategy: Strategy
     seed: int
@@ -85,6 +93,7 @@ class Trial:
     steps: tuple[str, ...]
     resamples: int
     directory: str
+    pretraining: str
     sha256: str
 
 
@@ -160,16 +169,33 @@ def _stages(trial: Trial, lock: int) -> dict[str, Callable[[], Any]]:
     training = common | dict(trial.strategy.train) | {"output_dir": folder / "train", "encoder_checkpoint": encoder}
     masks, overlays = trial.strategy.overlays, trial.configs
     jobs: dict[str, tuple[str, list[str], dict]] = {}
+    shared: dict[str, tuple[str, list[str], dict]] = {}
     if trial.strategy.mask is not None:
-        jobs["pretrain"] = ("pretrain", ["pretrain", *masks, *overlays], pretraining)
+        shared["pretrain"] = ("pretrain", ["pretrain", *masks, *overlays], pretraining)
         if "reconstruct" in trial.steps:
-            jobs["reconstruct"] = ("run", ["pretrain", *masks, "reconstruct", *overlays], pretraining)
+            shared["reconstruct"] = ("run", ["pretrain", *masks, "reconstruct", *overlays], pretraining)
     train = ["train", *trial.strategy.readouts]
     jobs["train"] = ("run", [*train, *overlays], training)
     jobs["test"] = ("run", [*train, "evaluate", *overlays], training)
     if "attribute" in trial.steps:
         jobs["attribute"] = ("run", [*train, "attribute", *overlays], training)
-    return {name: partial(run_config, *job, folder / "log.txt", lock, trial.directory) for name, job in jobs.items()}
+    log = folder / "log.txt"
+    stages: dict[str, Callable[[], Any]] = {n: partial(_share, trial, n, job, log) for n, job in shared.items()}
+    return stages | {n: partial(run_config, *job, log, lock, trial.directory) for n, job in jobs.items()}
+
+
+def _share(trial: Trial, name: str, job: tuple[str, list[str], dict], log: Path) -> None:
+    """Run a stage of the pretraining that a trial shares, unless it is done; wait where another trial is at it."""
+    link = Path(trial.folder) / "pretrain"
+    target = Path(trial.folder).parents[1] / "pretrainings" / trial.pretraining
+    target.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(Path("..", "..", "pretrainings", trial.pretraining), target_is_directory=True)
+    with locked(Path(f"{target}.lock"), patience_s=math.inf) as lock:
+        done = target / f"{name}.done"
+        if not done.is_file():
+            run_config(*job, log, lock, trial.directory)
+            done.touch()
 
 
 def _gather(folder: Path) -> None:

@@ -110,6 +110,38 @@ def test_a_readout_is_an_overlay_of_all_that_follows_pretraining(store, tmp_path
     assert (tmp_path / "results" / "configs" / "readouts_covariance.json").is_file()
 
 
+def test_strategies_that_differ_after_pretraining_share_it(store, tmp_path, calls):
+    own = {"mask": "region", "pretrain": LIMBIC}
+    strategies = [
+        own | {"name": "mean"},
+        own | {"name": "covariance", "readout": "covariance"},
+        own | {"name": "longer", "train": {"max_epochs": 3}},
+        {"name": "frontal", "mask": "region", "pretrain": {"regions": ["frontal"]}},
+    ]
+    sweep = small(store, tmp_path, strategies=strategies, steps=["reconstruct"], baselines=[])
+    assert run_sweep(sweep, workers=4) == []
+    assert sum(call[0] == "pretrain" for call in calls.calls) == 4  # of two folds, limbic and frontal
+    assert sum("reconstruct" in call[1] for call in calls.calls) == 4
+    folders = {(c.strategy.name, c.fold): Path(c.folder, "pretrain").resolve() for c in plan_trials(sweep)}
+    for fold in "01":
+        assert folders["mean", fold] == folders["covariance", fold] == folders["longer", fold]
+        assert (folders["mean", fold] / "best.pt").is_file()
+    assert len(set(folders.values())) == 4
+    run_sweep(replace(sweep, seeds=[1], splits={"folds": 3, "test": [0]}))
+    assert sum(call[0] == "pretrain" for call in calls.calls) == 6
+
+
+def test_a_shared_pretraining_that_failed_is_made_by_the_next_to_come(store, tmp_path, calls):
+    own = {"mask": "region", "pretrain": LIMBIC}
+    strategies = [own | {"name": "mean"}, own | {"name": "covariance", "readout": "covariance"}]
+    sweep = small(store, tmp_path, strategies=strategies, baselines=[], splits={"folds": 3, "test": [0]})
+    calls.broken.add("mean__seed-0__fold-0")
+    assert run_sweep(sweep) == ["mean__seed-0__fold-0: broken on purpose"]
+    calls.broken.clear()
+    assert run_sweep(sweep) == []
+    assert [call[2].split("__")[0] for call in calls.calls if call[0] == "pretrain"] == ["mean", "covariance"]
+
+
 def test_the_best_encoder_is_frozen_and_the_best_classifier_tested_on_one_split_file(store, tmp_path, calls):
     run_sweep(small(store, tmp_path, baselines=[], splits={"folds": 3, "test": [1]}, strategies=[LIMBIC]))
     (pretrain, train, test) = calls.overrides

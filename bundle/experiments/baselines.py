@@ -31,7 +31,7 @@ from bundle.data.splits import SETS, load_splits
 from bundle.errors import InputError
 from bundle.evaluation.subjects import write_test_scores
 from bundle.files import write_json, write_text
-from bundle.heads.connectivity import connectivity_classifier, fit_tuned
+from bundle.heads.connectivity import ConnectivityClassifier, least_class
 from bundle.preparation.motion import MOTION_COLUMNS, mean_fd_in
 from bundle.preparation.store import read_manifest, read_values, read_voxels
 
@@ -158,7 +158,7 @@ def _head_motion(store: str | Path, runs: Sequence[dict], cache: Path, seed: int
 def _connectivity(classifier: Callable[[int], BaseEstimator]) -> Callable:
     def make(store: str | Path, runs: Sequence[dict], cache: Path, seed: int) -> tuple[Features, BaseEstimator]:
         series = participant_series(store, runs, cache, load_atlas())
-        return series, connectivity_classifier(classifier(seed), seed)
+        return series, ConnectivityClassifier(classifier(seed), seed)
 
     return make
 
@@ -206,7 +206,8 @@ def run_baseline(
     features, model = BASELINES[name](store, runs, Path(cache), seed)
     sets = load_splits(splits_file)["sets"]
     rows = {subset: (_select(features, sets[subset]), diagnosis[sets[subset]].to_numpy(int)) for subset in SETS}
-    fit_tuned(model, *rows["train"])
+    least_class(rows["train"][1])
+    model.fit(*rows["train"])
     tables = {
         subset: pd.DataFrame(
             {"participant_id": sets[subset], "label": rows[subset][1], "logit": _logits(model, rows[subset][0])}

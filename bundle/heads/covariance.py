@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bundle.anatomy.atlas import load_atlas
 from bundle.errors import InputError
-from bundle.heads.connectivity import connectivity_classifier, fit_tuned
+from bundle.heads.connectivity import ConnectivityClassifier
 from bundle.heads.pooling import pool, token_shares
 from bundle.networks.swin_mamba import SwinMambaEncoder
 
@@ -144,17 +144,14 @@ class CovarianceReadout(nn.Module):
         for name, run, label in zip(participants or range(len(runs)), runs, labels, strict=True):
             joined.setdefault(name, []).append(self._courses(run))
             label_of[name] = int(label)
-        model = connectivity_classifier(
-            LogisticRegression(max_iter=5000, random_state=seed), seed, kinds=["tangent"], discard_diagonal=False
-        )
-        fit_tuned(model, [np.concatenate(parts) for parts in joined.values()], np.array(list(label_of.values())))
-        connectivity, scaler, classifier = (step for _, step in model.best_estimator_.steps)
-        weights = classifier.coef_[0] / scaler.scale_
+        classifier = LogisticRegression(max_iter=5000, random_state=seed)
+        model = ConnectivityClassifier(classifier, seed, kinds=["tangent"], discard_diagonal=False)
+        model.fit([np.concatenate(parts) for parts in joined.values()], np.array(list(label_of.values())))
         found = {
-            "mean": connectivity.mean_,
-            "whitening": connectivity.whitening_,
-            "weights": weights,
-            "bias": classifier.intercept_[0] - weights @ scaler.mean_,
+            "mean": model.connectivity_.mean_,
+            "whitening": model.connectivity_.whitening_,
+            "weights": model.weights_,
+            "bias": model.bias_,
         }
         self.fitted |= {name: torch.as_tensor(value, dtype=torch.float64) for name, value in found.items()}
 

@@ -8,8 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from nilearn import signal
+from nilearn.connectome import ConnectivityMeasure
 from nilearn.maskers import NiftiLabelsMasker
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.preprocessing import StandardScaler
 from small_stores import planted_store, some_voxels
 
 from bundle.anatomy import grid
@@ -23,7 +26,8 @@ from bundle.experiments.baselines import (
     run_baseline,
     table_classifier,
 )
-from bundle.heads.connectivity import connectivity_classifier, fit_tuned
+from bundle.heads import connectivity
+from bundle.heads.connectivity import ConnectivityClassifier
 from bundle.preparation.store import (
     read_clip,
     read_manifest,
@@ -121,18 +125,39 @@ def test_test_subjects_labels_change_no_logit_and_no_threshold(store, tmp_path):
     assert (first["label"] == 1 - second["label"]).all()
 
 
-def test_few_cases_are_shared_out_over_fewer_inner_folds_and_one_is_too_few():
+def test_few_cases_are_shared_out_over_fewer_inner_folds_and_one_is_too_few(monkeypatch):
     """With an inner fold that lacks cases every setting would score NaN, and the first of the list be "chosen"."""
     rng = np.random.default_rng(0)
     for cases, inner in ((3, 3), (8, 5)):
         labels = np.repeat([1, 0], [cases, 9])
         series = [rng.normal(size=(40, 4)) for _ in labels]
-        model = connectivity_classifier(LogisticRegression(), 0)
-        fit_tuned(model, series, labels)
-        assert model.n_splits_ == inner
-        assert np.isfinite(model.cv_results_["mean_test_score"]).all()
+        asked = []
+        monkeypatch.setattr(connectivity, "StratifiedKFold", lambda n, **more: asked.append(n) or StratifiedKFold(n))
+        model = ConnectivityClassifier(LogisticRegression()).fit(series, labels)
+        assert asked == [inner]
+        assert np.isfinite(model.decision_function(series)).all()
     with pytest.raises(InputError, match="holds 1 cases and 9 controls"):
-        fit_tuned(connectivity_classifier(LogisticRegression(), 0), series[:10], np.repeat([1, 0], [1, 9]))
+        ConnectivityClassifier(LogisticRegression()).fit(series[:10], np.repeat([1, 0], [1, 9]))
+
+
+def test_the_classifier_in_the_span_of_the_rows_is_the_one_on_all_features():
+    """Against a grid search of scikit-learn on the connectivity itself, scaled."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(24) % 2
+    series = [rng.normal(size=(60, 8)) + label * rng.normal(size=(60, 1)) * np.eye(8)[:3].sum(0) for label in labels]
+    for kind in ("correlation", "tangent"):
+        classifier = LogisticRegression(max_iter=5000, tol=1e-8)
+        model = ConnectivityClassifier(classifier, 3, kinds=[kind]).fit(series[:16], labels[:16])
+        measure = ConnectivityMeasure(kind=kind, vectorize=True, discard_diagonal=True, standardize=False)
+        scaler = StandardScaler()
+        rows = scaler.fit_transform(measure.fit_transform(series[:16]))
+        folds = StratifiedKFold(5, shuffle=True, random_state=3)
+        search = GridSearchCV(classifier, {"C": list(connectivity.PENALTIES)}, scoring="roc_auc", cv=folds)
+        search.fit(rows, labels[:16])
+        expected = search.decision_function(scaler.transform(measure.transform(series[16:])))
+        assert model.best_params_ == {"kind": kind} | search.best_params_
+        np.testing.assert_allclose(model.decision_function(series[16:]), expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(model.decision_function(series[16:17]), expected[:1], rtol=1e-3, atol=1e-4)
 
 
 def test_majority_scores_the_share_of_the_more_frequent_class(store, tmp_path):

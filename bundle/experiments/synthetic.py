@@ -26,9 +26,10 @@ even a perfect reading of the coupling separates the groups with an AUROC of onl
 With an effect of 0 the groups are exchangeable: no number of an image depends on the diagnosis.
 
 With `effect_on="pattern"` the groups do not differ in `coupling_z` but, in the same way, in `pattern_z`, which has the
-same means and SD. Connectivity of label means is blind to this by construction (on the site's own grid; bringing the
-images onto another grid mixes a little across the labels' borders), while how patterns inside labels vary together
-shows it.
+same means and SD. Connectivity of label means is blind to this by construction on the site's own grid. Another grid
+mixes across labels' borders: at the default sites, 2 to 3 % of the pattern's variance gets into prepared label means,
+on average over labels. With an effect of 3 a linear classifier of their connectivity still had an AUROC of 0.50 over
+144 subjects (cross-validated), while the coupling of the patterns themselves separated the groups.
 
 With `effect_on="intensity"` the groups do not differ in either. Instead the voxels of the two regions are
 brighter by `intensity`, a fraction of their mean that is normal with SD 0.02 in both groups, has mean 0 in

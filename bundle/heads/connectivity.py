@@ -55,7 +55,7 @@ def fit_tuned(model: BaseEstimator, rows: Any, labels: NDArray) -> None:
         )
     with tempfile.TemporaryDirectory() as kept, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Maximum number of iterations")  # of a tangent space's reference
-        warnings.filterwarnings("ignore", message="Persisting input arguments")  # it is still faster than without
+        warnings.filterwarnings("ignore", message="Persisting input arguments")  # joblib's, of time only
         if isinstance(model, GridSearchCV):
             model.set_params(estimator__memory=kept)  # connectivity is the same for every penalty
             model.cv.n_splits = min(model.cv.n_splits, cases, controls)

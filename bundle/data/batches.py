@@ -72,14 +72,21 @@ class PrepareBatch:
             remembered by its run and start; where the first transform is the one that reads it, not the loader's, it
             is read once too. Of items that are whole runs the features of all clips are stacked, one run after another,
             and the network receives the number of clips of each run as its second input.
+        remember: False forgets features after their batch, where every clip comes once.
 
     Raises:
         InputError: (when called) whole runs, but no `encode`.
     """
 
-    def __init__(self, transforms: Sequence[Callable], encode: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        transforms: Sequence[Callable],
+        encode: Callable[[Tensor], Tensor] | None = None,
+        remember: bool = True,
+    ) -> None:
         self.transform = Compose(transforms)
         self.encode = encode
+        self.remember = remember
         self._features: dict[tuple[str, int], Tensor] = {}
 
     def __call__(
@@ -107,6 +114,8 @@ class PrepareBatch:
                 with torch.no_grad():
                     self._features[key] = self.encode(image)[0]
         features = torch.stack([self._features[clip["run_id"], clip["start"]] for clip in clips])
+        if not self.remember:
+            self._features.clear()
         target: dict = {"participant_id": [item["participant_id"] for item in items]}
         if "label" in items[0]:
             target["label"] = torch.tensor([[item["label"]] for item in items], device=features.device)

@@ -183,6 +183,9 @@ def test_a_whole_run_is_the_features_of_its_clips_in_order(store: Path):
     unlabelled, target, *_ = prepare([{key: value for key, value in runs[0].items() if key != "label"}])
     assert torch.equal(unlabelled, features[:3])
     assert "label" not in target
+    forgetful = PrepareBatch(transforms, encode, remember=False)
+    assert torch.equal(forgetful(runs[:1])[0], forgetful(runs[:1])[0])
+    assert len(seen) == 18
     with pytest.raises(InputError, match="whole runs need a frozen encoder"):
         PrepareBatch(transforms)(runs[:1])
 

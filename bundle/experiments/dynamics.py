@@ -1,8 +1,8 @@
 """What sees what: readouts of frozen encoders, and plain connectivity, on cohorts whose truth is known.
 
 A plan (see configs/dynamics.json) names cohorts, encoders and readouts. Of each cohort all subjects are tested once, in
-folds by site and diagnosis; everything is fitted to a fold's training subjects alone. Encoders are pretrained elsewhere,
-on other subjects.
+folds by site and diagnosis; everything is fitted to a fold's training subjects alone. Encoders are pretrained
+elsewhere, on other subjects.
 
 What is done is kept: one file per cohort and encoder, `cells/<cohort>/<encoder>.csv`, with each tested subject's logit
 for every readout. A cohort's images are made where a cell is missing, and deleted afterwards.

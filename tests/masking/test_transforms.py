@@ -29,7 +29,13 @@ from bundle.anatomy import grid
 from bundle.anatomy.atlas import REGIONS, labels_on, load_atlas, region_labels
 from bundle.data.transforms import TimeLastd
 from bundle.errors import InputError
-from bundle.masking.transforms import AAL3ROIMaskd, EqualVolumeMaskd, RandomTokenMaskd, WindowMaskd
+from bundle.masking.transforms import (
+    AAL3ROIMaskd,
+    EqualVolumeMaskd,
+    RandomTokenMaskd,
+    RegionAndTubesMaskd,
+    WindowMaskd,
+)
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.training.losses import MaskedMSELoss
 from bundle.training.metrics import MaskedMSE, TemporalR2
@@ -156,6 +162,7 @@ TUBE, FRAMEWISE = (1, 24, 24, 24), (1, 24, 24, 24, 8)
 KINDS = {
     "region": (AAL3ROIMaskd("image", "limbic"), TUBE),
     "part of a region": (AAL3ROIMaskd("image", "limbic", 0.5, split_labels=True), TUBE),
+    "region and tubes": (RegionAndTubesMaskd("image", ["limbic", "frontal"], 0.5), TUBE),
     "equal volume": (EqualVolumeMaskd("image", "limbic"), TUBE),
     "random/random": (RandomTokenMaskd("image", 0.1), FRAMEWISE),
     "random/tube": (RandomTokenMaskd("image", 0.1, tube=True), TUBE),
@@ -218,6 +225,29 @@ def test_mask_is_voxelwise_and_hides_the_region_alone():
     mask = AAL3ROIMaskd("image", list(REGIONS))(labels_as_image())["mask"][0].numpy()
     labels = full_labels()
     assert np.array_equal(mask, (labels > 0) & (labels != 33) & (labels != 34))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_one_whole_region_is_hidden_and_tubes_fill_up_to_the_share_of_the_brains_tokens(share):
+    labels = full_labels()
+    inside = grid.mni_brain()
+    item = labels_as_image() | {"brain": MetaTensor(torch.from_numpy(inside.copy())[None], affine=grid.AFFINE)}
+    make = RegionAndTubesMaskd("image", ["limbic", ["frontal", "parietal"]], share, seed=3)
+    regions = [np.isin(labels, REGIONS["limbic"]), np.isin(labels, REGIONS["frontal"] + REGIONS["parietal"])]
+    tokens_in = inside.reshape(16, 6, 16, 6, 16, 6).any((1, 3, 5))
+    seen = set()
+    for _ in range(8):
+        mask = make(item)["mask"][0].numpy()
+        [which] = [n for n, region in enumerate(regions) if mask[region].all()][:1] or [None]
+        seen.add(which)
+        rest = mask & ~regions[which]
+        hidden = mask.reshape(16, 6, 16, 6, 16, 6).any((1, 3, 5)) & tokens_in
+        least = (regions[which].reshape(16, 6, 16, 6, 16, 6).any((1, 3, 5)) & tokens_in).sum()
+        assert hidden.sum() == max(least, round(share * tokens_in.sum()))
+        tubes = rest.reshape(16, 6, 16, 6, 16, 6)
+        touched = tubes.any((1, 3, 5)) & ~regions[which].reshape(16, 6, 16, 6, 16, 6).any((1, 3, 5))
+        assert (tubes.all((1, 3, 5)) == touched).all()  # whole tokens
+    assert seen == {0, 1}
 
 
 def test_random_masks_are_drawn_in_the_brain():

@@ -6,6 +6,7 @@ Not covered: pinned memory and CUDA.
 import json
 import logging
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_the_share_of_waiting_is_logged_per_epoch(caplog, monkeypatch):
 @pytest.mark.parametrize("name", ["pretrain", "train"])
 def test_training_counts_its_waiting_apart_from_validation(name):
     config = json.loads((CONFIGS / f"{name}.json").read_text())
-    assert any(isinstance(report, DataWaiting) for report in training_reports(name, None))
+    assert any(isinstance(report, DataWaiting) for report in training_reports(name, Mock()))
     assert config["train"]["reports"]["_target_"] == "bundle.training.reports.training_reports"
     assert config["train"]["trainer"]["train_handlers"] == "$@train#reports + @train#handlers"  # validation comes after
     assert "monai.handlers.ValidationHandler" in [handler["_target_"] for handler in config["train"]["handlers"]]

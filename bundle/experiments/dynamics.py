@@ -40,6 +40,7 @@ from bundle.files import file_sha256, write_text
 from bundle.heads.attention import AttentionClassifier
 from bundle.heads.connectivity import PENALTIES, ConnectivityClassifier, least_class
 from bundle.heads.covariance import CovarianceReadout
+from bundle.heads.pooling import pool
 from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.preparation import store
 from bundle.preparation.prepare import prepare, refuse_failed_rows
@@ -311,9 +312,10 @@ def _features(
         clip = {"frames": frames[start : start + encoder.frames], "voxels": voxels}
         item = time_last(scatter(clip | {"moments": moments, "fill": run["fill"]}))
         image = item["image"].as_tensor()[None]
-        found["tokens"].append(encoder(image).flatten(2).mT)
+        stages = list(encoder.all_tokens(image))  # (1, x, y, z, T, c)
+        found["tokens"].append(stages[-1].flatten(1, 4))
         for key, head in heads.items():
-            found[key].append(head.features(image))
+            found[key].append(pool(stages[head.stage], head.shares))
     return {key: torch.cat(parts) for key, parts in found.items()}
 
 

@@ -48,6 +48,7 @@ class CovarianceReadout(nn.Module):
         InputError: an argument is none of those above.
     """
 
+    shares: Tensor  # (P, tokens)
     differentiable = False  # with respect to the images
 
     def __init__(
@@ -107,7 +108,6 @@ class CovarianceReadout(nn.Module):
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
         """Map clips (C, 1, X, Y, Z, T) to their tokens' mean over each parcel, float32 (C, T, P, c)."""
-        assert isinstance(self.shares, Tensor)
         return pool(self.encoder.tokens(image, self.stage), self.shares)
 
     def fit(

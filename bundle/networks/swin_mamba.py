@@ -5,7 +5,8 @@ Inside the network a batch is (b, x, y, z, t, c): a grid of tokens, channels las
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -195,7 +196,7 @@ class BlockStack(nn.Module):
 
 
 class EncoderStage(nn.Module):
-    """Add the absolute embeddings of place and time, then run the blocks and merge patches if asked."""
+    """Add the absolute embeddings of place and time, then run the blocks; `merge` makes the next stage's tokens."""
 
     def __init__(self, channels: int, grid: Sequence[int], frames: int, stack: BlockStack, merge: bool) -> None:
         super().__init__()
@@ -206,16 +207,9 @@ class EncoderStage(nn.Module):
         self.stack = stack
         self.merge = PatchMerging(channels) if merge else nn.Identity()
 
-    def forward(self, tokens: Tensor, brain: Tensor | None = None, merge: bool = True) -> Tensor:
-        """Map (b, x, y, z, t, c) to itself, or to (b, x/2, y/2, z/2, t, 2c); t may be below the frames.
-
-        Args:
-            tokens: the grid of tokens.
-            brain: as in `WindowBlock`.
-            merge: False leaves out the merging of patches.
-        """
-        tokens = self.stack(tokens + self.place + self.time[: tokens.shape[4]], brain)
-        return self.merge(tokens) if merge else tokens
+    def forward(self, tokens: Tensor, brain: Tensor | None = None) -> Tensor:
+        """Map (b, x, y, z, t, c) to the same shape; t may be below the frames, and `brain` is as in `WindowBlock`."""
+        return self.stack(tokens + self.place + self.time[: tokens.shape[4]], brain)
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -288,7 +282,8 @@ class SwinMambaEncoder(nn.Module):
         _check_arguments(image_size, patch_size * 2 ** (stages - 1), window_size, first_window_size, orientation)
         if in_channels not in (1, 2):
             raise InputError(f"in_channels must be 1 or 2, not {in_channels}.")
-        self.size = {  # what two networks must share to exchange weights and mean the same by them; fit for JSON
+        # what two networks must share to exchange weights and mean the same by them; fit for JSON
+        self.size: dict[str, Any] = {
             "image_size": list(image_size),
             "frames": frames,
             "in_channels": in_channels,
@@ -351,7 +346,12 @@ class SwinMambaEncoder(nn.Module):
             InputError: there is no such stage, or the shape does not fit the network.
         """
         self.tokens_of(stage)
-        return self.mirror(self.encode(self.embed(image), self.brain_tokens(image), stage), axis=1)
+        return next(islice(self.all_tokens(image), stage, None))
+
+    def all_tokens(self, image: Tensor) -> Iterator[Tensor]:
+        """The `tokens` of stage 0, 1, and so on, each computed when it is asked for."""
+        for tokens in self._walk(self.embed(image), self.brain_tokens(image)):
+            yield self.mirror(tokens, axis=1)
 
     def tokens_of(self, stage: int) -> tuple[int, int]:
         """Edge of a token in voxels, and its channels, at a stage of `tokens`.
@@ -391,19 +391,25 @@ class SwinMambaEncoder(nn.Module):
         patches = split_patches(self.mirror(image[:, :1], axis=2), self.patch_size)  # (b, x, y, z, t, voxels)
         return (patches != patches[:, :, :, :, :1, :1]).flatten(4).any(-1).any(0)
 
-    def encode(self, tokens: Tensor, brain: Tensor | None = None, stages: int | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, brain: Tensor | None = None) -> Tensor:
         """Run the stages: (B, x, y, z, T, c) to (B, x/8, y/8, z/8, T, 8c) with four stages.
 
         Args:
             tokens: from `embed`.
             brain: from `brain_tokens`.
-            stages: run only so many, and do not merge patches after the last of them; None runs all.
         """
-        for level, stage in enumerate(self.stages[:stages]):
-            tokens = stage(tokens, brain, merge=level + 1 != stages)
+        *_, last = self._walk(tokens, brain)
+        return last
+
+    def _walk(self, tokens: Tensor, brain: Tensor | None) -> Iterator[Tensor]:
+        """The tokens that go into the first stage, and those that each stage's blocks return, not merged yet."""
+        yield tokens
+        for level, stage in enumerate(self.stages):
+            tokens = stage(tokens, brain)
+            yield tokens
+            tokens = stage.get_submodule("merge")(tokens)
             if brain is not None and level < len(self.stages) - 1:
                 brain = halve(brain)
-        return tokens
 
     def mirror(self, tensor: Tensor, axis: int) -> Tensor:
         """Flip x, which is `axis`, if the weights want LAS."""

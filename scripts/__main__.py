@@ -24,7 +24,7 @@ from scripts.commands import (
     where,
 )
 from scripts.demo import demo
-from scripts.experiments import report, sweep, truth
+from scripts.experiments import dynamics, report, sweep, truth
 
 fire.decorators.FIRE_METADATA = "_read_as"  # where Fire keeps parsers on a command: a name that --help does not list
 
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
     "report": report,
     "truth": truth,
+    "dynamics": dynamics,
     "where": where,
     "pictures": pictures,
 }

@@ -1,6 +1,7 @@
 """Commands for whole experiments: the sweep over masking strategies, its report, and the truth test."""
 
 from bundle.errors import InputError
+from bundle.experiments.dynamics import read_plan, run_plan, write_tables
 from bundle.experiments.report import write_report
 from bundle.experiments.statistics import finished_trials
 from bundle.experiments.sweep import read_sweep, run_sweep
@@ -42,6 +43,26 @@ def report(results: str, resamples: int = 2000) -> None:
         resamples: bootstrap resamples and permutations.
     """
     write_report(results, resamples=resamples)
+
+
+def dynamics(config: str = "configs/dynamics.json", results: str | None = None, workers: int = 1) -> None:
+    """Test what readouts of frozen encoders, and plain connectivity, see on cohorts whose truth is known.
+
+    Pretrains the encoders, tests them on every cohort, and writes dynamics.csv and dynamics_differences.csv; run again,
+    it goes on.
+
+    Args:
+        config: JSON file of the plan.
+        results: folder of the results, instead of the plan's.
+        workers: cohorts at a time on this machine.
+    """
+    plan = read_plan(config, results=results)
+    table, compared = write_tables(plan, run_plan(plan, workers))
+    plain = table[(table["size"] == 0) & ~table["shuffled"] & ~table["shifted"]]
+    print("AUROC over subjects of SYNTHETIC cohorts, or of real time courses painted into MNI volumes")
+    print(plain.drop(columns=["size", "shuffled", "shifted"]).to_string(index=False, float_format="%.3f"))
+    print("\nDifferences on the same subjects")
+    print(compared.to_string(index=False, float_format="%.3f"))
 
 
 def truth(

@@ -1,59 +1,44 @@
 """What sees what: readouts of frozen encoders, and plain connectivity, on cohorts whose truth is known.
 
 A plan (see configs/dynamics.json) names cohorts, encoders and readouts. Of each cohort all subjects are tested once, in
-folds by site and diagnosis; everything is fitted to a fold's training subjects alone. Encoders are pretrained
-elsewhere, on other subjects.
+folds by site and diagnosis; everything is fitted to a fold's training subjects alone. Encoders are pretrained first, on
+a synthetic cohort of other subjects without any difference between groups.
 
 What is done is kept: one file per cohort and encoder, `cells/<cohort>/<encoder>.csv`, with each tested subject's logit
-for every readout. A cohort's images are made where a cell is missing, and deleted afterwards.
+for every readout. A cohort's images are made where a cell is missing, and deleted afterwards. Pretraining goes on from
+its last epoch.
 """
 
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
 
-from bundle.anatomy import grid
-from bundle.anatomy.atlas import labels_on, load_atlas, region_labels
-from bundle.data.normalisation import Normalisation
-from bundle.data.transforms import ScatterClipd, TimeLastd
+from bundle.data.splits import make_splits, save_splits
 from bundle.errors import InputError
-from bundle.experiments.baselines import region_series
+from bundle.experiments.auroc import PAINTED, differences, summarise
+from bundle.experiments.frozen import CONNECTIVITY, Design, connectivity_rows, encoder_rows
 from bundle.experiments.painted import paint
 from bundle.experiments.synthetic import EFFECTS, make_cohort
-from bundle.files import file_sha256, write_text
-from bundle.heads.attention import AttentionClassifier
-from bundle.heads.connectivity import PENALTIES, ConnectivityClassifier, least_class
-from bundle.heads.covariance import CovarianceReadout
-from bundle.heads.pooling import pool
-from bundle.networks.swin_mamba import SwinMambaEncoder
+from bundle.experiments.trial import Strategy
+from bundle.files import file_sha256, slug, write_text
 from bundle.preparation import store
 from bundle.preparation.prepare import prepare, refuse_failed_rows
-from bundle.preparation.scaling import run_moments
 from bundle.preparation.sources import find_runs
-from bundle.training.checkpoints import load_checkpoint, saved_facts
+from bundle.process import run_config
 from bundle.workers import parallel_map
 
 logger = logging.getLogger(__name__)
 
-CONNECTIVITY = "connectivity"
-PAINTED = "painted"
-COLUMNS = ("cohort", "seed", "encoder", "readout", "size", "shuffled", "shifted", "fold", "participant_id", "label")
+NO_ENCODER = "none"
 
 
 @dataclass(frozen=True)
@@ -64,7 +49,9 @@ class Plan:
         results: folder of the results.
         cohorts: "nothing", or what differs between the groups (`EFFECTS`), or "painted".
         seeds: of the cohorts; of "painted", of its noise, and of all folds.
-        encoders: name to `{"checkpoint": path}`, or to `{"size": {...}, "normalisation": {...}}` with random weights.
+        encoders: name to what it is: `{"size": {...}, "normalisation": {...}}` has random weights;
+            `{"mask": ..., "overrides": {...}}` is pretrained by pretrain.json, with a mask as of a sweep's strategy;
+            `{"checkpoint": path}` was pretrained elsewhere. `"against"` names the one that it is compared with.
         readouts: name to `{"kind": "mean", "attention" or "covariance"}` and its head's arguments.
         subjects: of each synthetic cohort.
         effect: planted, Cohen's d.
@@ -72,6 +59,7 @@ class Plan:
         folds: in which every subject is tested once.
         sizes: numbers of training subjects, beside all of them.
         shift: regions whose voxels are moved in time by half a run in the test subjects, as a control; none if empty.
+        pretraining: of its cohort `subjects` and `seed`, and `overrides` of pretrain.json for all encoders.
         painted: arguments of `paint`, without its folder and seed.
     """
 
@@ -86,6 +74,7 @@ class Plan:
     folds: int
     sizes: Sequence[int] = ()
     shift: Sequence[str] = ()
+    pretraining: Mapping[str, Any] | None = None
     painted: Mapping[str, Any] | None = None
 
 
@@ -106,12 +95,16 @@ def read_plan(path: str | Path, **changes: Any) -> Plan:
 
 
 def run_plan(plan: Plan, workers: int = 1) -> pd.DataFrame:
-    """Make every cell that is missing; return the logits of all (see `COLUMNS`, and `logit`).
+    """Make every cell that is missing, and return all.
 
     Args:
         plan: what to run.
         workers: cohorts at a time.
+
+    Returns:
+        A row per tested subject: `WHAT`, `seed`, `fold`, `participant_id`, `label` and `logit`.
     """
+    _pretrain(plan)
     cohorts = [(cohort, seed) for seed in plan.seeds for cohort in plan.cohorts]
     with parallel_map(workers, None) as each:
         each(partial(_run_cohort, plan), cohorts, "cohorts")
@@ -119,19 +112,45 @@ def run_plan(plan: Plan, workers: int = 1) -> pd.DataFrame:
     return pd.concat([pd.read_csv(path, dtype={"participant_id": str}) for path in paths], ignore_index=True)
 
 
+def _pretrain(plan: Plan) -> None:
+    """Pretrain the encoders that are to be, one after another, each from where it was left."""
+    folder = Path(plan.results).absolute() / "pretraining"
+    for name, settings in plan.encoders.items():
+        if "mask" not in settings:
+            continue
+        if plan.pretraining is None:
+            raise InputError(f"the plan's encoder {name!r} is to be pretrained, but it does not say on what")
+        subjects, seed = plan.pretraining["subjects"], plan.pretraining["seed"]
+        source = make_cohort(folder / "derivatives", subjects, 0.0, seed, duration_s=plan.duration_s)
+        refuse_failed_rows(prepare(find_runs(source), folder / "store")["rows"])
+        if not (folder / "splits.json").is_file():
+            save_splits(make_splits(store.read_manifest(folder / "store")["runs"]), folder / "splits.json")
+        overrides = {"dataset_dir": folder / "store", "splits_file": folder / "splits.json"}
+        overrides |= {"output_dir": _checkpoint(plan, name).parent} | plan.pretraining["overrides"]
+        overlays = Strategy(name, settings["mask"]).overlays
+        run_config("pretrain", ["pretrain", *overlays], overrides | settings.get("overrides", {}))
+
+
+def _checkpoint(plan: Plan, encoder: str) -> Path:
+    """Of an encoder with weights, the file that has them."""
+    settings = plan.encoders[encoder]
+    made = Path(plan.results).absolute() / "pretraining" / slug(encoder) / "best.pt"
+    return Path(settings["checkpoint"]) if "checkpoint" in settings else made
+
+
 def _cells(plan: Plan) -> dict[str, Mapping[str, Any]]:
-    return {CONNECTIVITY: {}} | dict(plan.encoders)
+    return {NO_ENCODER: {}} | dict(plan.encoders)
 
 
 def _cell(plan: Plan, cohort: str, seed: int, encoder: str) -> Path:
     """The file of a cell, whose name holds a hash of all that shapes it."""
-    settings = dict(_cells(plan)[encoder])
-    if "checkpoint" in settings:
-        settings["checkpoint"] = file_sha256(settings["checkpoint"])
+    settings = {key: value for key, value in _cells(plan)[encoder].items() if key != "against"}
+    if encoder != NO_ENCODER and "size" not in settings:
+        settings = {"checkpoint": file_sha256(_checkpoint(plan, encoder))}
     shaping = [settings, plan.subjects, plan.effect, plan.duration_s, plan.folds, list(plan.sizes), list(plan.shift)]
-    shaping += [plan.painted if cohort == PAINTED else None, {} if encoder == CONNECTIVITY else dict(plan.readouts)]
+    shaping += [plan.painted if cohort == PAINTED else None, {} if encoder == NO_ENCODER else dict(plan.readouts)]
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(plan.results) / "cells" / f"{cohort}_seed-{seed}" / f"{encoder}-{digest}.csv"
+    return Path(plan.results) / "cells" / f"{cohort}_seed-{seed}" / f"{slug(encoder)}-{digest}.csv"
 
 
 def _run_cohort(plan: Plan, which: tuple[str, int]) -> None:
@@ -143,11 +162,14 @@ def _run_cohort(plan: Plan, which: tuple[str, int]) -> None:
     folder = Path(plan.results) / "cohorts" / f"{cohort}_seed-{seed}"
     source = _images(plan, folder / "derivatives", cohort, seed)
     refuse_failed_rows(prepare(find_runs(source), folder / "store")["rows"])  # half a cohort is no test
+    design = Design(plan.readouts, plan.folds, plan.sizes, plan.shift, seed)
     for name in missing:
-        if name == CONNECTIVITY:
-            made = _connectivity_rows(plan, folder / "store", seed)
+        if name == NO_ENCODER:
+            made = connectivity_rows(design, folder / "store")
         else:
-            made = _encoder_rows(plan, folder / "store", seed, plan.encoders[name])
+            settings = plan.encoders[name]
+            given = settings if "size" in settings else {"checkpoint": _checkpoint(plan, name)}
+            made = encoder_rows(design, folder / "store", given)
         rows = pd.DataFrame(made).assign(cohort=cohort, seed=seed, encoder=name)
         write_text(_cell(plan, cohort, seed, name), rows.to_csv(index=False))
     shutil.rmtree(folder)
@@ -162,192 +184,22 @@ def _images(plan: Plan, folder: Path, cohort: str, seed: int) -> Path:
     return make_cohort(folder, plan.subjects, effect, seed, duration_s=plan.duration_s, effect_on=effect_on)
 
 
-Readout = Callable[[list, NDArray[np.int64], list], NDArray[np.float64]]
-"""Fits to training rows and labels, and returns the logits of test rows."""
+def write_tables(plan: Plan, rows: pd.DataFrame, resamples: int = 2000) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Write `dynamics.csv` and `dynamics_differences.csv` to the plan's results, and return both.
 
-
-def _tested(
-    plan: Plan, runs: Sequence[dict], seed: int, rows: Mapping[bool, list], readout: Readout, control: bool
-) -> Iterator[dict[str, Any]]:
-    """Test every subject once per training size; with all training subjects also under the controls.
-
-    Args:
-        plan: its folds, sizes and shift.
-        runs: the records, one per subject.
-        seed: of folds, subsets and shuffles.
-        rows: False: what the readout is given of each subject; True: the same with regions shifted in time.
-        readout: fits and scores.
-        control: whether to run it with shuffled labels too.
+    Each encoder and readout is compared with the encoder that its plan names, and with both kinds of connectivity.
     """
-    labels = np.array([run["diagnosis"] for run in runs])
-    strata = [f"{run['site']} {run['diagnosis']}" for run in runs]
-    rng = np.random.default_rng(seed)
-    shuffled = labels.copy()
-    for site in sorted({run["site"] for run in runs}):  # within sites, see `bundle.data.clips`
-        members = np.flatnonzero([run["site"] == site for run in runs])
-        shuffled[members] = rng.permutation(labels[members])
-    folds = StratifiedKFold(plan.folds, shuffle=True, random_state=seed)
-    for fold, (train, test) in enumerate(folds.split(labels, strata)):
-        jobs = [(labels, _some(train, labels, size, rng), size, False) for size in plan.sizes if size < len(train)]
-        jobs.append((labels, train, 0, False))
-        jobs += [(shuffled, train, 0, True)] if control else []
-        for truth, chosen, size, shuffle in jobs:
-            for shift in rows if size == 0 and not shuffle else [False]:
-                given = [rows[False][i] for i in chosen]
-                logits = readout(given, truth[chosen], [rows[shift][i] for i in test])
-                for i, logit in zip(test, logits, strict=True):
-                    yield {
-                        "size": size, "shuffled": shuffle, "shifted": shift, "fold": fold,
-                        "participant_id": runs[i]["participant_id"], "label": truth[i], "logit": float(logit),
-                    }  # fmt: skip
-
-
-def _some(train: NDArray, labels: NDArray, size: int, rng: np.random.Generator) -> NDArray:
-    """A random half-and-half subset of training subjects."""
-    parts = [rng.permutation(train[labels[train] == label])[: size // 2] for label in (0, 1)]
-    return np.sort(np.concatenate(parts))
-
-
-def _records(folder: Path) -> list[dict]:
-    """The runs of a store, one per participant."""
-    runs = store.read_manifest(folder)["runs"]
-    if len({run["participant_id"] for run in runs}) < len(runs):
-        raise InputError(f"{folder}: a participant has several runs; these cohorts have one each")
-    least_class(np.array([run["diagnosis"] for run in runs]))
-    return runs
-
-
-def _connectivity_rows(plan: Plan, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
-    runs = _records(folder)
-    atlas = load_atlas()
-    tables = [region_series(folder, run, atlas) for run in runs]
-    names = sorted(set.intersection(*(set(table) for table in tables)))
-    series = [table[names].to_numpy() for table in tables]
-
-    def fitted(rows: list, labels: NDArray, test: list) -> NDArray:
-        model = ConnectivityClassifier(LogisticRegression(max_iter=5000, random_state=seed), seed)
-        return model.fit(rows, labels).decision_function(test)
-
-    for row in _tested(plan, runs, seed, {False: series}, fitted, control=True):
-        yield row | {"readout": CONNECTIVITY}
-
-
-def _encoder_rows(plan: Plan, folder: Path, seed: int, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    runs = _records(folder)
-    encoder, normalisation = load_frozen(settings, seed)
-    heads = {
-        name: CovarianceReadout(**{k: v for k, v in arguments.items() if k != "kind"}, **encoder.size)
-        for name, arguments in plan.readouts.items()
-        if arguments["kind"] == "covariance"
-    }
-    for head in heads.values():
-        head.encoder = encoder
-    moved = region_labels(plan.shift, load_atlas().names) if plan.shift else ()
-    kinds = {False: (), True: moved} if plan.shift else {False: ()}
-    features = {
-        shifted: [_features(folder, run, encoder, normalisation, heads, numbers) for run in runs]
-        for shifted, numbers in kinds.items()
-    }
-    for name, arguments in plan.readouts.items():
-        if arguments["kind"] == "covariance":
-            readout, key = partial(_covariance, heads[name], seed), name
-        else:
-            readout, key = (
-                {"mean": partial(_mean, seed), "attention": partial(_attention, encoder, seed)}[arguments["kind"]],
-                "tokens",
-            )
-        rows = {shifted: [run[key] for run in found] for shifted, found in features.items()}
-        for row in _tested(plan, runs, seed, rows, readout, control=True):
-            yield row | {"readout": name}
-
-
-def load_frozen(settings: Mapping[str, Any], seed: int) -> tuple[SwinMambaEncoder, Normalisation]:
-    """A frozen encoder of a plan, and the units that it sees.
-
-    Args:
-        settings: `{"checkpoint": path}`, or `{"size": arguments of the encoder, "normalisation": arguments}`.
-        seed: of random weights.
-    """
-    if "checkpoint" not in settings:
-        torch.manual_seed(seed)
-        encoder = SwinMambaEncoder(**settings["size"])
-        return encoder.requires_grad_(False).eval(), Normalisation(**settings["normalisation"])
-    saved = load_checkpoint(settings["checkpoint"])
-    facts = saved_facts(saved, settings["checkpoint"])
-    encoder = SwinMambaEncoder(**facts["network"])
-    prefix = "encoder."
-    state = {k.removeprefix(prefix): v for k, v in saved["network"].items() if k.startswith(prefix)}
-    encoder.load_state_dict(state, strict=True)
-    return encoder.requires_grad_(False).eval(), Normalisation(**facts["normalisation"])
-
-
-@torch.no_grad()
-def _features(
-    folder: Path,
-    run: dict,
-    encoder: SwinMambaEncoder,
-    normalisation: Normalisation,
-    heads: Mapping[str, CovarianceReadout],
-    moved: Sequence[int],
-) -> dict[str, Tensor]:
-    """Of a whole run: the last stage's tokens (C, tokens, c), and each covariance readout's features (C, T, P, c).
-
-    Args:
-        folder: the store.
-        run: the run's record.
-        encoder: the frozen encoder.
-        normalisation: the units that it sees.
-        heads: covariance readouts by name.
-        moved: labels whose voxels are moved in time by half a run.
-    """
-    name, voxels = run["run_id"], store.read_voxels(folder, run["run_id"])
-    frames = store.read_clip(folder, name, 0, run["frames"])
-    if moved:
-        columns = np.isin(labels_on(load_atlas(), grid.AFFINE, grid.SHAPE).ravel()[voxels], moved)
-        frames[:, columns] = np.roll(frames[:, columns], len(frames) // 2, axis=0)
-    moments = run_moments(store.read_moments(folder, name), run)
-    scatter, time_last = ScatterClipd(normalisation), TimeLastd()
-    found: dict[str, list[Tensor]] = {key: [] for key in ("tokens", *heads)}
-    for start in range(0, len(frames) - encoder.frames + 1, encoder.frames):
-        clip = {"frames": frames[start : start + encoder.frames], "voxels": voxels}
-        item = time_last(scatter(clip | {"moments": moments, "fill": run["fill"]}))
-        image = item["image"].as_tensor()[None]
-        stages = list(encoder.all_tokens(image))  # (1, x, y, z, T, c)
-        found["tokens"].append(stages[-1].flatten(1, 4))
-        for key, head in heads.items():
-            found[key].append(pool(stages[head.stage], head.shares))
-    return {key: torch.cat(parts) for key, parts in found.items()}
-
-
-def _covariance(head: CovarianceReadout, seed: int, rows: list, labels: NDArray, test: list) -> NDArray:
-    head.fit(rows, labels.tolist(), seed)
-    return head(torch.cat(test), [len(run) for run in test])[:, 0].numpy()
-
-
-def _mean(seed: int, rows: list, labels: NDArray, test: list) -> NDArray:
-    """The best that a linear unit on the mean token can do: a logistic regression whose penalty is tuned."""
-    folds = StratifiedKFold(min(5, least_class(labels)), shuffle=True, random_state=seed)
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-    search = GridSearchCV(model, {"logisticregression__C": list(PENALTIES)}, scoring="roc_auc", cv=folds)
-    search.fit([run.mean((0, 1)).numpy() for run in rows], labels)
-    return search.decision_function([run.mean((0, 1)).numpy() for run in test])
-
-
-def _attention(
-    encoder: SwinMambaEncoder, seed: int, rows: list, labels: NDArray, test: list, epochs: int = 40
-) -> NDArray:
-    """`AttentionClassifier`, trained as by train.json with its overlay: AdamW, learning rate 0.001, batches of 8."""
-    torch.manual_seed(seed)
-    head = AttentionClassifier(**encoder.size)
-    optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=1e-3)
-    targets = torch.as_tensor(labels, dtype=torch.float32)[:, None]
-    for _ in range(epochs):
-        for batch in torch.randperm(len(rows)).split(8):
-            chosen = [rows[int(i)] for i in batch]
-            logits = head(torch.cat(chosen), [len(run) for run in chosen])
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, targets[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        return head.eval()(torch.cat(test), [len(run) for run in test])[:, 0].numpy()
+    pairs = []
+    for cohort in plan.cohorts:
+        for encoder, settings in plan.encoders.items():
+            for readout in plan.readouts:
+                first = {"cohort": cohort, "encoder": encoder, "readout": readout}
+                if "against" in settings:
+                    pairs.append((first, first | {"encoder": settings["against"]}))
+                pairs += [
+                    (first, {"cohort": cohort, "encoder": NO_ENCODER, "readout": rival}) for rival in CONNECTIVITY
+                ]
+    tables = summarise(rows, resamples), differences(rows, pairs, resamples)
+    for name, table in zip(("dynamics", "dynamics_differences"), tables, strict=True):
+        write_text(Path(plan.results) / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
+    return tables

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from nilearn.connectome import ConnectivityMeasure
 from numpy.typing import NDArray
+from scipy.signal import detrend
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -26,10 +27,11 @@ FAINT = 1e-4
 class CovarianceReadout(nn.Module):
     """Score whole runs by the covariance of parcels' courses, in the tangent space of the training set's mean.
 
-    The encoder's tokens are averaged over each parcel. A parcel's channels become a few principal components, whose
-    courses over a run are scaled to SD 1. Their Ledoit-Wolf covariance is mapped to the tangent space of the training
-    participants' geometric mean (Varoquaux et al. 2010, MICCAI; nilearn's `ConnectivityMeasure`), standardised, and
-    weighed by a logistic regression whose penalty is tuned in folds of the training participants.
+    The encoder's tokens are averaged over each parcel, and a linear drift over the run is taken off. A parcel's
+    channels become a few principal components, whose courses over a run are scaled to SD 1. Their Ledoit-Wolf
+    covariance is mapped to the tangent space of the training participants' geometric mean (Varoquaux et al. 2010,
+    MICCAI; nilearn's `ConnectivityMeasure`), standardised, and weighed by a logistic regression whose penalty is tuned
+    in folds of the training participants.
 
     Nothing is learnt by gradients: `fit` fits all of it, and the state dict holds it as plain tensors.
 
@@ -55,8 +57,8 @@ class CovarianceReadout(nn.Module):
         self,
         freeze: bool = True,
         stage: int = 1,
-        level: str = "label",
-        components: int = 1,
+        level: str = "group",
+        components: int = 3,
         subtract: str | None = "clip_mean",
         atlas: str | Path | None = None,
         **encoder: Any,
@@ -181,7 +183,7 @@ class CovarianceReadout(nn.Module):
         return torch.as_tensor(logits, dtype=torch.float32, device=image.device)[:, None]
 
     def _centred(self, run: Tensor) -> Tensor:
-        """A run's features (C, T, P, c) as deviations (C * T, P, c), float64 on the CPU."""
+        """A run's features (C, T, P, c) as deviations (C * T, P, c) from a line over the run, float64 on the CPU."""
         expected = self.fitted["training_mean"].shape
         if run.shape[1:] != expected:
             raise InputError(
@@ -198,8 +200,7 @@ class CovarianceReadout(nn.Module):
             values = values - values.mean(0)
         elif self.subtract == "training_mean":
             values = values - self.fitted["training_mean"]
-        flat = values.flatten(0, 1)
-        return flat - flat.mean(0)
+        return torch.from_numpy(detrend(values.flatten(0, 1).numpy(), axis=0))
 
     def _courses(self, run: Tensor) -> NDArray[np.float64]:
         """A run's features (C, T, P, c) as courses (C * T, P * k) of SD 1, or 0 where nothing happens."""

@@ -16,6 +16,7 @@ from bundle.deploy.release import release
 from bundle.training.checkpoints import load_checkpoint
 
 READOUTS = ("attention", "covariance")
+FEW = {"network_def#components": 1}  # the tiny network has four channels
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def output(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(store: Path, folder: Path, name: str, *overlays: str, **changes: object) -> ConfigWorkflow:
     settings = {"dataset_dir": str(store), "output_dir": str(folder / name), "encoder_checkpoint": "random"}
-    settings |= {"network_def#level": "group"} if name == "covariance" else {}
+    settings |= FEW if name == "covariance" else {}
     return run("train", f"readouts/{name}", *overlays, **(settings | changes))
 
 
@@ -49,7 +50,7 @@ def test_a_readout_scores_whole_runs_and_is_served_as_it_was_tested(
     assert tested.index.tolist() == json.loads((store / "splits.json").read_text())["sets"]["test"]
     assert (tested["clips"] == 1).all()  # one run each
     assert tested["logit"].nunique() == len(tested)
-    changes = {"network_def#level": "group"} if name == "covariance" else {}
+    changes = FEW if name == "covariance" else {}
     served = infer(output / name / "models" / "model.pt", derivatives, tmp_path, f"readouts/{name}", **changes)
     assert served[tested.index].to_numpy() == pytest.approx(tested["logit"].to_numpy(), rel=1e-4, abs=1e-5)
 
@@ -76,16 +77,21 @@ def test_a_finished_fit_is_not_repeated_and_other_settings_are_refused(output: P
 
 
 @pytest.mark.parametrize(
-    ("name", "overlay", "words"),
+    ("name", "overlay", "words", "changes"),
     [
-        ("covariance", "readouts/covariance", "fitted with level 'group', but here it is 'label'"),
-        ("covariance", "readouts/attention", "do not fit a AttentionClassifier"),
+        (
+            "covariance",
+            "readouts/covariance",
+            "fitted with components 1, but here it is 2",
+            {"network_def#components": 2},
+        ),
+        ("covariance", "readouts/attention", "do not fit a AttentionClassifier", {}),
     ],
 )
-def test_a_model_of_another_readout_is_refused(output, derivatives, tmp_path, name, overlay, words):
+def test_a_model_of_another_readout_is_refused(output, derivatives, tmp_path, name, overlay, words, changes):
     one = next(derivatives.glob("sub-*/func/*_bold.nii.gz"))
     with pytest.raises(RuntimeError) as caught:
-        infer(output / name / "models" / "model.pt", one, tmp_path, overlay)
+        infer(output / name / "models" / "model.pt", one, tmp_path, overlay, **changes)
     assert words in sentence(caught.value)
 
 

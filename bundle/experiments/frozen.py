@@ -1,0 +1,260 @@
+"""Readouts of a frozen encoder, and plain connectivity, on the subjects of a store: each tested once, in folds."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nilearn import signal
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from bundle.anatomy import grid
+from bundle.anatomy.atlas import labels_on, load_atlas, region_labels
+from bundle.anatomy.parcels import parcel_index, parcels_of
+from bundle.data.normalisation import Normalisation
+from bundle.data.transforms import ScatterClipd, TimeLastd
+from bundle.errors import InputError
+from bundle.experiments.baselines import region_series
+from bundle.heads.attention import AttentionClassifier
+from bundle.heads.connectivity import KINDS, PENALTIES, ConnectivityClassifier, least_class
+from bundle.heads.covariance import CovarianceReadout
+from bundle.heads.pooling import pool
+from bundle.networks.swin_mamba import SwinMambaEncoder
+from bundle.preparation import store
+from bundle.preparation.scaling import run_moments
+from bundle.training.checkpoints import load_checkpoint, saved_facts
+
+CONNECTIVITY = ("connectivity of labels", "connectivity of groups")
+"""Readouts without an encoder: of all labels, as the baseline of a sweep; of the groups, as the covariance readout."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """How subjects are tested.
+
+    Attributes:
+        readouts: name to `{"kind": "mean", "attention" or "covariance"}` and its head's arguments.
+        folds: in which every subject is tested once, by site and diagnosis.
+        sizes: numbers of training subjects, beside all of them.
+        shift: regions whose voxels are moved in time by half a run in the test subjects, as a control; none if empty.
+        seed: of folds, subsets, shuffles and random weights.
+    """
+
+    readouts: Mapping[str, Mapping[str, Any]]
+    folds: int
+    sizes: Sequence[int]
+    shift: Sequence[str]
+    seed: int
+
+
+Readout = Callable[[list, NDArray[np.int64], list], NDArray[np.float64]]
+"""Fits to training rows and labels, and returns the logits of test rows."""
+
+
+def _tested(
+    design: Design, runs: Sequence[dict], rows: Mapping[bool, list], readout: Readout
+) -> Iterator[dict[str, Any]]:
+    """Test every subject once per training size; with all training subjects also with shuffled labels, and shifted.
+
+    Args:
+        design: how.
+        runs: the records, one per subject.
+        rows: False: what the readout is given of each subject; True: the same with regions shifted in time.
+        readout: fits and scores.
+    """
+    labels = np.array([run["diagnosis"] for run in runs])
+    strata = [f"{run['site']} {run['diagnosis']}" for run in runs]
+    rng = np.random.default_rng(design.seed)
+    shuffled = labels.copy()
+    for site in sorted({run["site"] for run in runs}):  # within sites, see `bundle.data.clips`
+        members = np.flatnonzero([run["site"] == site for run in runs])
+        shuffled[members] = rng.permutation(labels[members])
+    folds = StratifiedKFold(design.folds, shuffle=True, random_state=design.seed)
+    for fold, (train, test) in enumerate(folds.split(labels, strata)):
+        jobs = [(labels, _some(train, labels, size, rng), size, False) for size in design.sizes if size < len(train)]
+        jobs += [(labels, train, 0, False), (shuffled, train, 0, True)]
+        for truth, chosen, size, shuffle in jobs:
+            shifts = list(rows) if size == 0 and not shuffle else [False]
+            tested = [(shift, i) for shift in shifts for i in test]
+            given = [rows[False][i] for i in chosen]
+            logits = readout(given, truth[chosen], [rows[shift][i] for shift, i in tested])
+            for (shift, i), logit in zip(tested, logits, strict=True):
+                yield {
+                    "size": size, "shuffled": shuffle, "shifted": shift, "fold": fold,
+                    "participant_id": runs[i]["participant_id"], "label": truth[i], "logit": float(logit),
+                }  # fmt: skip
+
+
+def _some(train: NDArray, labels: NDArray, size: int, rng: np.random.Generator) -> NDArray:
+    """A random half-and-half subset of training subjects."""
+    parts = [rng.permutation(train[labels[train] == label])[: size // 2] for label in (0, 1)]
+    return np.sort(np.concatenate(parts))
+
+
+def records_of(folder: Path) -> list[dict]:
+    """The runs of a store, one per participant."""
+    runs = store.read_manifest(folder)["runs"]
+    if len({run["participant_id"] for run in runs}) < len(runs):
+        raise InputError(f"{folder}: a participant has several runs; these cohorts have one each")
+    least_class(np.array([run["diagnosis"] for run in runs]))
+    return runs
+
+
+def connectivity_rows(design: Design, folder: Path) -> Iterator[dict[str, Any]]:
+    """Plain connectivity, see `CONNECTIVITY`."""
+    runs = records_of(folder)
+    atlas = load_atlas()
+    tables = [region_series(folder, run, atlas) for run in runs]
+    names = sorted(set.intersection(*(set(table) for table in tables)))
+    groups = parcel_index(atlas, parcels_of(atlas, "group")).ravel()
+    of_labels: dict[str, Any] = {"kinds": KINDS}
+    of_groups: dict[str, Any] = {"kinds": ["tangent"], "discard_diagonal": False}
+    rivals = [
+        ([table[names].to_numpy() for table in tables], of_labels),
+        ([_group_series(folder, run["run_id"], groups) for run in runs], of_groups),
+    ]
+    for name, (series, options) in zip(CONNECTIVITY, rivals, strict=True):
+
+        def fitted(rows: list, labels: NDArray, test: list, options: dict[str, Any] = options) -> NDArray:
+            classifier = LogisticRegression(max_iter=5000, random_state=design.seed)
+            return ConnectivityClassifier(classifier, design.seed, **options).fit(rows, labels).decision_function(test)
+
+        for row in _tested(design, runs, {False: series}, fitted):
+            yield row | {"readout": name}
+
+
+def _group_series(folder: Path, run_id: str, groups: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean course (T, groups) of the voxels of each group, detrended and of SD 1, as `region_series` of labels."""
+    of_voxel = groups[store.read_voxels(folder, run_id)]
+    frames = store.read_clip(folder, run_id, 0, store.count_frames(folder, run_id)).astype(float)
+    series = np.stack([frames[:, of_voxel == group].mean(1) for group in range(1, groups.max() + 1)], axis=1)
+    return signal.clean(series, detrend=True, standardize="zscore_sample")
+
+
+def encoder_rows(design: Design, folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each readout of one encoder; `settings` as for `load_frozen`."""
+    runs = records_of(folder)
+    encoder, normalisation = load_frozen(settings, design.seed)
+    heads = {
+        name: CovarianceReadout(**{k: v for k, v in arguments.items() if k != "kind"}, **encoder.size)
+        for name, arguments in design.readouts.items()
+        if arguments["kind"] == "covariance"
+    }
+    for head in heads.values():
+        head.encoder = encoder
+    moved = region_labels(design.shift, load_atlas().names) if design.shift else ()
+    kinds = {False: (), True: moved} if design.shift else {False: ()}
+    features = {
+        shifted: [_features(folder, run, encoder, normalisation, heads, numbers) for run in runs]
+        for shifted, numbers in kinds.items()
+    }
+    for name, arguments in design.readouts.items():
+        key = name if name in heads else "tokens"
+        readout: Readout = partial(_mean, design.seed)
+        if arguments["kind"] == "attention":
+            readout = partial(_attention, encoder, design.seed)
+        elif name in heads:
+            readout = partial(_covariance, heads[name], design.seed)
+        rows = {shifted: [run[key] for run in found] for shifted, found in features.items()}
+        for row in _tested(design, runs, rows, readout):
+            yield row | {"readout": name}
+
+
+def load_frozen(settings: Mapping[str, Any], seed: int) -> tuple[SwinMambaEncoder, Normalisation]:
+    """A frozen encoder and the units that it sees.
+
+    Args:
+        settings: `{"checkpoint": path}`, or `{"size": arguments of the encoder, "normalisation": arguments}`.
+        seed: of random weights.
+    """
+    if "checkpoint" not in settings:
+        torch.manual_seed(seed)
+        encoder = SwinMambaEncoder(**settings["size"])
+        return encoder.requires_grad_(False).eval(), Normalisation(**settings["normalisation"])
+    saved = load_checkpoint(settings["checkpoint"])
+    facts = saved_facts(saved, settings["checkpoint"])
+    encoder = SwinMambaEncoder(**facts["network"])
+    prefix = "encoder."
+    state = {k.removeprefix(prefix): v for k, v in saved["network"].items() if k.startswith(prefix)}
+    encoder.load_state_dict(state, strict=True)
+    return encoder.requires_grad_(False).eval(), Normalisation(**facts["normalisation"])
+
+
+@torch.no_grad()
+def _features(
+    folder: Path,
+    run: dict,
+    encoder: SwinMambaEncoder,
+    normalisation: Normalisation,
+    heads: Mapping[str, CovarianceReadout],
+    moved: Sequence[int],
+) -> dict[str, Tensor]:
+    """Of a whole run: the last stage's tokens (C, tokens, c), and each covariance readout's features (C, T, P, c).
+
+    Args:
+        folder: the store.
+        run: the run's record.
+        encoder: the frozen encoder.
+        normalisation: the units that it sees.
+        heads: covariance readouts by name.
+        moved: labels whose voxels are moved in time by half a run.
+    """
+    name, voxels = run["run_id"], store.read_voxels(folder, run["run_id"])
+    frames = store.read_clip(folder, name, 0, run["frames"])
+    if moved:
+        columns = np.isin(labels_on(load_atlas(), grid.AFFINE, grid.SHAPE).ravel()[voxels], moved)
+        frames[:, columns] = np.roll(frames[:, columns], len(frames) // 2, axis=0)
+    moments = run_moments(store.read_moments(folder, name), run)
+    scatter, time_last = ScatterClipd(normalisation), TimeLastd()
+    found: dict[str, list[Tensor]] = {key: [] for key in ("tokens", *heads)}
+    for start in range(0, len(frames) - encoder.frames + 1, encoder.frames):
+        clip = {"frames": frames[start : start + encoder.frames], "voxels": voxels}
+        item = time_last(scatter(clip | {"moments": moments, "fill": run["fill"]}))
+        image = item["image"].as_tensor()[None]
+        stages = list(encoder.all_tokens(image))  # (1, x, y, z, T, c)
+        found["tokens"].append(stages[-1].flatten(1, 4))
+        for key, head in heads.items():
+            found[key].append(pool(stages[head.stage], head.shares))
+    return {key: torch.cat(parts) for key, parts in found.items()}
+
+
+def _covariance(head: CovarianceReadout, seed: int, rows: list, labels: NDArray, test: list) -> NDArray:
+    head.fit(rows, labels.tolist(), seed)
+    return head(torch.cat(test), [len(run) for run in test])[:, 0].numpy()
+
+
+def _mean(seed: int, rows: list, labels: NDArray, test: list) -> NDArray:
+    """The best that a linear unit on the mean token can do: a logistic regression whose penalty is tuned."""
+    folds = StratifiedKFold(min(5, least_class(labels)), shuffle=True, random_state=seed)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    search = GridSearchCV(model, {"logisticregression__C": list(PENALTIES)}, scoring="roc_auc", cv=folds)
+    search.fit([run.mean((0, 1)).numpy() for run in rows], labels)
+    return search.decision_function([run.mean((0, 1)).numpy() for run in test])
+
+
+def _attention(
+    encoder: SwinMambaEncoder, seed: int, rows: list, labels: NDArray, test: list, epochs: int = 40
+) -> NDArray:
+    """`AttentionClassifier`, trained as by train.json with its overlay: AdamW, learning rate 0.001, batches of 8."""
+    torch.manual_seed(seed)
+    head = AttentionClassifier(**encoder.size)
+    optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=1e-3)
+    targets = torch.as_tensor(labels, dtype=torch.float32)[:, None]
+    for _ in range(epochs):
+        for batch in torch.randperm(len(rows)).split(8):
+            chosen = [rows[int(i)] for i in batch]
+            logits = head(torch.cat(chosen), [len(run) for run in chosen])
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, targets[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        return head.eval()(torch.cat(test), [len(run) for run in test])[:, 0].numpy()

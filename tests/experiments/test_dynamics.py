@@ -1,0 +1,269 @@
+"""What sees what: selections and scores against scikit-learn, a plan from cohort to table on a small store.
+
+Not covered: how large the scores are (docs/dynamics.md), pretraining itself (tests/configs), painted cohorts
+(test_painted.py).
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from small_stores import planted_store
+
+from bundle.data.normalisation import Normalisation
+from bundle.errors import InputError
+from bundle.experiments import dynamics, frozen
+from bundle.experiments.auroc import WHAT, differences, summarise
+from bundle.experiments.frozen import Design, connectivity_rows, encoder_rows, load_frozen, records_of
+from bundle.networks.masked_autoencoder import MaskedAutoencoder
+from bundle.training.checkpoints import save_checkpoint
+from bundle.training.provenance import Provenance
+
+SIZE = {"embed_dim": 4, "depths": [1, 1], "frames": 16}
+VOXEL = {"mode": "voxel", "sd_floor": 0.1, "clip": 5.0}
+READOUTS = {
+    "mean": {"kind": "mean"},
+    "attention": {"kind": "attention"},
+    "covariance": {"kind": "covariance", "stage": 1, "level": "group", "components": 1, "subtract": None},
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return planted_store(tmp_path_factory.mktemp("dynamics"), subjects=18, effect=6.0, frames=48, per_label=2)
+
+
+@pytest.fixture(scope="module")
+def tested(store) -> pd.DataFrame:
+    """All readouts of a random encoder."""
+    design = Design(READOUTS, folds=3, sizes=[8], shift=["limbic"], seed=0)
+    rows = pd.DataFrame(encoder_rows(design, store, {"size": SIZE, "normalisation": VOXEL}))
+    return rows.assign(encoder="random", cohort="coupling", seed=0)
+
+
+def test_every_subject_is_tested_once_in_every_way(tested, store):
+    people = Counter(run["participant_id"] for run in records_of(store))
+    found = {what: Counter(part["participant_id"]) for what, part in tested.groupby(WHAT)}
+    ways = {(size, shuffled, shifted) for *_, size, shuffled, shifted in found}
+    assert ways == {(0, False, False), (8, False, False), (0, True, False), (0, False, True)}
+    assert {readout for _, _, readout, *_ in found} == set(READOUTS)
+    assert all(names == people for names in found.values())
+
+
+def test_true_labels_are_those_of_the_store_and_shuffled_ones_keep_each_sites_share(tested, store):
+    true = {run["participant_id"]: run["diagnosis"] for run in records_of(store)}
+    sites = {run["participant_id"]: run["site"] for run in records_of(store)}
+    plain, control = tested[~tested["shuffled"]], tested[tested["shuffled"]]
+    assert (plain["label"] == plain["participant_id"].map(true)).all()
+    assert not (control["label"] == control["participant_id"].map(true)).all()
+    once = control.drop_duplicates("participant_id")
+    shares = once.groupby(once["participant_id"].map(sites))["label"].mean()
+    assert (
+        shares.to_dict() == once["participant_id"].map(true).groupby(once["participant_id"].map(sites)).mean().to_dict()
+    )
+
+
+def test_a_large_coupling_is_seen_by_connectivity_of_labels_and_of_groups(tmp_path):
+    folder = planted_store(tmp_path, subjects=30, effect=6.0, frames=200, every=8)
+    design = Design({}, folds=3, sizes=[], shift=[], seed=0)
+    rows = pd.DataFrame(connectivity_rows(design, folder)).assign(encoder="none", cohort="coupling", seed=0)
+    table = summarise(rows, resamples=50).set_index(["readout", "shuffled"])["auroc"]
+    for readout in ("connectivity of labels", "connectivity of groups"):
+        assert table[readout, False] > 0.9
+        assert table[readout, True] < 0.8
+
+
+def test_a_readout_is_given_training_subjects_with_their_labels_and_never_those_that_it_scores(store):
+    runs = records_of(store)
+    names = [run["participant_id"] for run in runs]
+    true = {run["participant_id"]: run["diagnosis"] for run in runs}
+    sizes = Counter()
+
+    def readout(given: list, labels: np.ndarray, test: list) -> np.ndarray:
+        asked = [name.removesuffix(" shifted") for name in test]
+        assert set(given).isdisjoint(asked)
+        shuffled = [true[name] for name in given] != labels.tolist()
+        sizes[len(given), len(test), shuffled] += 1
+        if len(given) == 8:
+            assert labels.sum() == 4
+        return np.zeros(len(test))
+
+    design = Design({}, folds=3, sizes=[8], shift=["limbic"], seed=0)
+    rows = {False: names, True: [f"{name} shifted" for name in names]}
+    list(frozen._tested(design, runs, rows, readout))
+    assert sizes == {(8, 6, False): 3, (12, 12, False): 3, (12, 6, True): 3}
+
+
+def made_up(cohort: str, seeds: int, subjects: int, shift: float, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(seeds):
+        for person in range(subjects):
+            label = person % 2
+            row = {"cohort": cohort, "encoder": "e", "readout": "r", "size": 0, "shuffled": False, "shifted": False}
+            fold = person // 2 % 3
+            logit = shift * label + rng.normal() + 10 * fold  # folds are on scales of their own
+            rows.append(
+                row | {"seed": number, "fold": fold, "participant_id": f"{person}", "label": label, "logit": logit}
+            )
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("cohort", ["coupling", "painted"])
+def test_the_auroc_is_scikit_learns_within_each_seed_and_fold(cohort):
+    rows = made_up(cohort, seeds=3, subjects=30, shift=1.0)
+    [found] = summarise(rows, resamples=200).to_dict("records")
+    parts = [part for _, part in rows.groupby(["seed", "fold"])]
+    expected = [roc_auc_score(part["label"], part["logit"]) for part in parts]  # all folds are of one size
+    assert found["seeds"] == 3
+    if cohort == "coupling":
+        assert found["auroc"] == pytest.approx(np.mean(expected))
+    else:  # a subject's mean over the seeds
+        assert found["auroc"] == pytest.approx(np.mean(expected), abs=1e-9)
+    assert found["low"] < found["auroc"] < found["high"]
+
+
+def test_seeds_of_the_painted_cohort_are_the_same_subjects_and_do_not_narrow_its_interval():
+    one = made_up("painted", seeds=1, subjects=40, shift=0.8)
+    copies = pd.concat([one.assign(seed=seed) for seed in range(5)])
+    width = {
+        name: tuple(summarise(rows, 400).loc[0, ["low", "high"]])
+        for name, rows in {"one": one, "five": copies, "others": copies.assign(cohort="coupling")}.items()
+    }
+    assert width["five"] == pytest.approx(width["one"])
+    low, high = width["others"]
+    assert high - low < 0.7 * (width["one"][1] - width["one"][0])
+
+
+def test_a_difference_is_of_the_same_subjects():
+    good, bad = made_up("coupling", 2, 40, 2.0), made_up("coupling", 2, 40, 0.0).assign(encoder="other")
+    rows = pd.concat([good, bad])
+    what = {"cohort": "coupling", "readout": "r"}
+    pairs = [({**what, "encoder": "e"}, {**what, "encoder": other}) for other in ("other", "e")]
+    found = differences(rows, pairs, resamples=200)
+    both = summarise(rows, 50).set_index("encoder")["auroc"]
+    assert found["difference"].tolist() == [pytest.approx(both["e"] - both["other"]), 0.0]
+    assert found.loc[0, "low"] > 0
+    assert (found.loc[1, "low"], found.loc[1, "high"]) == (0, 0)
+    assert found.loc[0, ["first", "second"]].tolist() == ["e: r", "other: r"]
+
+
+def test_a_pretrained_encoder_is_loaded_with_the_units_that_it_saw(tmp_path):
+    network = MaskedAutoencoder(**SIZE)
+    facts = Provenance(config={}, network=network.encoder.size, normalisation=VOXEL | {"per_frame": True})
+    save_checkpoint({"network": network, "provenance": facts}, tmp_path / "best.pt")
+    encoder, normalisation = load_frozen({"checkpoint": tmp_path / "best.pt"}, seed=0)
+    assert normalisation == Normalisation("voxel", 0.1, 5.0, per_frame=True)
+    for name, tensor in network.encoder.state_dict().items():
+        assert torch.equal(tensor, encoder.state_dict()[name]), name
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def plan_file(folder: Path, **changes: object) -> Path:
+    plan = {
+        "results": str(folder / "results"),
+        "cohorts": ["coupling"],
+        "seeds": [0, 1],
+        "encoders": {"random": {"size": SIZE, "normalisation": VOXEL}},
+        "readouts": {"covariance": READOUTS["covariance"]},
+        "subjects": 24,
+        "effect": 6.0,
+        "duration_s": 60.0,
+        "folds": 3,
+    }
+    (folder / "plan.json").write_text(json.dumps(plan | changes))
+    return folder / "plan.json"
+
+
+@pytest.fixture
+def small_cohorts(monkeypatch) -> list[int]:
+    """Cohorts of stores made without images; returns the seeds that were asked for."""
+    asked = []
+
+    def make(plan, folder: Path, cohort: str, seed: int) -> Path:
+        asked.append(seed)
+        planted_store(folder.parent, plan.subjects, plan.effect, seed, frames=48, per_label=5)
+        return folder
+
+    def rows(design: Design, folder: Path, *_: object) -> list[dict]:
+        ways = {"size": 0, "shuffled": False, "shifted": False, "fold": 0}
+        return [
+            ways
+            | {"participant_id": run["participant_id"], "label": run["diagnosis"], "logit": 0.0, "readout": readout}
+            for readout in design.readouts
+            for run in records_of(folder)
+        ]
+
+    monkeypatch.setattr(dynamics, "encoder_rows", rows)
+    monkeypatch.setattr(dynamics, "connectivity_rows", rows)
+    monkeypatch.setattr(dynamics, "_images", make)
+    monkeypatch.setattr(dynamics, "find_runs", lambda source: source)
+    monkeypatch.setattr(dynamics, "prepare", lambda runs, folder: {"rows": []})
+    return asked
+
+
+def test_a_plan_is_run_once_and_goes_on_where_cells_are_missing(tmp_path, small_cohorts):
+    plan = dynamics.read_plan(plan_file(tmp_path))
+    rows = dynamics.run_plan(plan)
+    assert small_cohorts == [0, 1]
+    assert not list((tmp_path / "results" / "cohorts").iterdir())  # images and stores are gone
+    assert set(rows["encoder"]) == {"none", "random"}
+    assert set(rows["seed"]) == {0, 1}
+    cells = sorted((tmp_path / "results" / "cells").glob("*/*.csv"))
+    assert len(cells) == 4
+    next(path for path in cells if "seed-1" in str(path)).unlink()
+    pd.testing.assert_frame_equal(dynamics.run_plan(plan), rows)
+    assert small_cohorts == [0, 1, 1]
+    changed = dynamics.read_plan(plan_file(tmp_path, readouts={"mean": {"kind": "mean"}}))
+    assert set(dynamics.run_plan(changed)["readout"]) == {"mean", "covariance"}  # those of no encoder stay
+    assert small_cohorts == [0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cohorts": ["age"]}, "cohorts are nothing, .* or painted, not 'age'"),
+        ({"subject": 3}, "not a plan"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        dynamics.read_plan(plan_file(tmp_path, **changes))
+
+
+def test_an_encoder_to_be_pretrained_needs_a_cohort_for_it(tmp_path, small_cohorts):
+    plan = dynamics.read_plan(plan_file(tmp_path, encoders={"a": {"mask": "region"}}))
+    with pytest.raises(InputError, match="'a' is to be pretrained"):
+        dynamics.run_plan(plan)
+
+
+def test_pretraining_is_asked_for_with_the_plans_settings(tmp_path, small_cohorts, monkeypatch):
+    calls = []
+
+    def pretrain(run_id, configs, overrides):
+        calls.append((run_id, configs, overrides))
+        network = MaskedAutoencoder(**SIZE)
+        facts = Provenance(config={}, network=network.encoder.size, normalisation=VOXEL)
+        save_checkpoint({"network": network, "provenance": facts}, overrides["output_dir"] / "best.pt")
+
+    def cohort(folder: Path, subjects: int, effect: float, seed: int, duration_s: float) -> Path:
+        assert (subjects, effect, seed, duration_s) == (60, 0.0, 7, 60.0)
+        planted_store(folder.parent, subjects, effect, seed, frames=48, per_label=5)
+        return folder
+
+    monkeypatch.setattr(dynamics, "run_config", pretrain)
+    monkeypatch.setattr(dynamics, "make_cohort", cohort)
+    encoders = {"my encoder": {"mask": "random_tube", "overrides": {"mask_ratio": 0.5}}}
+    pretraining = {"subjects": 60, "seed": 7, "overrides": {"max_epochs": 2}}
+    path = plan_file(tmp_path, seeds=[0], encoders=encoders, pretraining=pretraining)
+    rows = dynamics.run_plan(dynamics.read_plan(path))
+    assert set(rows["encoder"]) == {"none", "my encoder"}
+    [(run_id, configs, overrides)] = calls
+    assert (run_id, configs) == ("pretrain", ["pretrain", "masks/random_tube"])
+    assert (overrides["max_epochs"], overrides["mask_ratio"]) == (2, 0.5)
+    assert overrides["dataset_dir"] == tmp_path / "results" / "pretraining" / "store"

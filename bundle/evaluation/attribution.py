@@ -48,7 +48,7 @@ def ablation(
 
     Args:
         logit: maps images `(B, C, X, Y, Z, T)` to `(B,)`.
-        image: one clip, `(1, 1, X, Y, Z, T)`, or the C clips of one run, `(1, C, X, Y, Z, T)`.
+        image: one clip, `(1, channels, X, Y, Z, T)`, or the C clips of one run, `(1, C * channels, X, Y, Z, T)`.
         without: its baseline, of the same shape.
         index: unit of each voxel, `(X, Y, Z)`, 1 to n; 0 for none, which is ablated as a unit of its own.
         count: the number of units, n.
@@ -77,7 +77,7 @@ def gradients(
 
     Args:
         logit: maps images `(B, C, X, Y, Z, T)` to `(B,)`.
-        image: one clip, `(1, 1, X, Y, Z, T)`, or the C clips of one run, `(1, C, X, Y, Z, T)`.
+        image: one clip, `(1, channels, X, Y, Z, T)`, or the C clips of one run, `(1, C * channels, X, Y, Z, T)`.
         without: its baseline, of the same shape.
         indices: arrays as in `ablation`.
         counts: the number of units of each.
@@ -97,11 +97,11 @@ def temporal_mean(image: Tensor) -> Tensor:
     return image.mean(-1, keepdim=True).expand_as(image)
 
 
-def cohort_mean(images: Iterable[Tensor]) -> Tensor:
-    """Mean of images `(1, C, X, Y, Z, T)` over images, clips and frames, `(1, 1, X, Y, Z, 1)`."""
+def cohort_mean(images: Iterable[Tensor], channels: int = 1) -> Tensor:
+    """Mean of images `(1, C * channels, X, Y, Z, T)` over images, clips and frames, `(1, channels, X, Y, Z, 1)`."""
     total, count = None, 0
     for image in images:
-        mean = image.double().mean((1, -1), keepdim=True)
+        mean = image.double().unflatten(1, (-1, channels)).mean((1, -1)).unsqueeze(-1)
         total, count = mean if total is None else total + mean, count + 1
     assert total is not None, "no clip"
     return (total / count).float()
@@ -189,7 +189,7 @@ def attribute(
             attribute `differentiable` False, where it has one, leaves the integrated gradients out.
         inferer: runs it in the precision that it was trained in.
         clips: dataset of labelled clips, or whole runs, see `bundle.data.clips.split_clips`.
-        transforms: from a clip to `image` `(1, X, Y, Z, T)`, on the device.
+        transforms: from a clip to `image` `(channels, X, Y, Z, T)`, on the device.
         output_dir: folder of the files.
         levels: ablate each "group" (9 passes per clip) and each "label" (167 passes).
         steps: of the integrated gradients; each is a forward and a backward pass.
@@ -221,18 +221,24 @@ def attribute(
     whole_runs = "starts" in clips[0]
 
     def logit(image: Tensor) -> Tensor:
-        counts = ([image.shape[1]] * len(image),) if whole_runs else ()
-        return inferer(image.flatten(0, 1)[:, None], network, *counts)[:, 0].float()
+        of_clips = image.unflatten(1, (-1, channels))  # (B, C, channels, X, Y, Z, T)
+        counts = ([of_clips.shape[1]] * len(image),) if whole_runs else ()
+        return inferer(of_clips.flatten(0, 1), network, *counts)[:, 0].float()
 
     def read(position: int) -> tuple[dict, Tensor]:
         items = [prepare(clip) for clip in clips_of(clips[position])]
         return items[0], torch.cat([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])[None]
 
-    common = cohort_mean(read(position)[1] for position in range(len(clips))) if baseline == "cohort_mean" else None
+    channels = len(read(0)[0]["image"])
+    common = None
+    if baseline == "cohort_mean":
+        common = cohort_mean((read(position)[1] for position in range(len(clips))), channels)
     tables = []
     for position in tqdm(range(len(clips)), desc="attribute to regions", unit="clip"):
         item, image = read(position)
-        without = temporal_mean(image) if common is None else common.expand_as(image)
+        without = temporal_mean(image)
+        if common is not None:
+            without = common.repeat(1, image.shape[1] // channels, 1, 1, 1, 1).expand_as(image)
         found: dict[tuple[str, str], NDArray[np.float64]] = {}
         if differentiable:
             summed = gradients(logit, image, without, list(index.values()), counts, steps)

@@ -39,7 +39,8 @@ def test_a_network_is_pretrained_trained_and_served_in_the_units_that_it_saw(
     with pytest.raises(RuntimeError) as caught:
         run("train", **(training | {"normalisation#mode": "run", "output_dir": str(tmp_path / "other")}))
     assert ("mode 'voxel', but here it is 'run'" if channels == 1 else "in_channels 2") in sentence(caught.value)
-    run("train", "attribute", **training, levels=["group"], gradient_steps=1, bootstrap_resamples=20)
+    few = {"levels": ["group"], "gradient_steps": 1, "bootstrap_resamples": 20}
+    run("train", "attribute", **training, **few, baseline="cohort_mean")
     assert (tmp_path / "train" / "attribution" / "attribution.csv").is_file()
 
     model = release(tmp_path / "train" / "best.pt", tmp_path / "models")

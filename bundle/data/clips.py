@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bundle.data.splits import SETS, check_participants, load_splits
 from bundle.errors import InputError
@@ -136,9 +137,14 @@ def _shuffled(labels: dict[str, float], runs: Sequence[dict], subset: str, seed:
     logger.warning("The labels of the %s set are SHUFFLED: a control that must find nothing", subset)
     rng = np.random.default_rng([seed, SETS.index(subset)])
     sites = {run["participant_id"]: str(run["site"]) for run in runs}
-    shuffled = dict(labels)
-    for site in sorted(set(sites.values())):
-        members = [name for name in labels if sites[name] == site]
-        values = rng.permutation([labels[name] for name in members])
-        shuffled |= dict(zip(members, values.tolist(), strict=True))
+    values = shuffled_within([sites[name] for name in labels], np.array(list(labels.values())), rng)
+    return dict(zip(labels, values.tolist(), strict=True))
+
+
+def shuffled_within(sites: Sequence[str], labels: NDArray, rng: np.random.Generator) -> NDArray:
+    """Labels (n,) exchanged at random within each site."""
+    shuffled = labels.copy()
+    for site in sorted(set(sites)):
+        members = np.flatnonzero(np.array(sites) == site)
+        shuffled[members] = rng.permutation(labels[members])
     return shuffled

@@ -1,6 +1,6 @@
 """In which units the network sees BOLD: the run's z, each voxel's own z, or both; all made from one store."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -84,7 +84,7 @@ class Normalisation:
         """
         mean, sd = moments
         if self.per_frame:
-            (last, _) = Normalisation(self.mode, self.sd_floor, self.clip).apply(frames, moments, 0.0)[-1]
+            last, _ = replace(self, per_frame=False).apply(frames, moments, 0.0)[-1]
             values = values * last.std(1, correction=0, keepdim=True) + last.mean(1, keepdim=True)
         return values if self.mode == "run" else values * self._floored(sd) + mean
 

@@ -236,8 +236,9 @@ def attribute(
     tables = []
     for position in tqdm(range(len(clips)), desc="attribute to regions", unit="clip"):
         item, image = read(position)
-        without = temporal_mean(image)
-        if common is not None:
+        if common is None:
+            without = temporal_mean(image)
+        else:
             without = common.repeat(1, image.shape[1] // channels, 1, 1, 1, 1).expand_as(image)
         found: dict[tuple[str, str], NDArray[np.float64]] = {}
         if differentiable:

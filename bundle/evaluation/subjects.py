@@ -36,13 +36,24 @@ def score_table(
         frequent class would score.
     """
     cases, controls = logits[labels == 1], logits[labels == 0]
-    above = (1 + np.sign(np.subtract.outer(cases, controls))) / 2  # (cases, controls); a tie is one half
+    above = pairs_above(cases, controls)
     correct = ((logits > threshold) == (labels == 1)).astype(float)
     scores = subject_scores(labels, logits, threshold)
     table = with_intervals(scores, labels, correct, above, np.ones_like(above), resamples, seed)
     majority = max(len(cases), len(controls)) / len(labels)
     table["majority_accuracy"] = {"value": majority, "low": majority, "high": majority}
     return table
+
+
+def pairs_above(cases: np.ndarray, controls: np.ndarray) -> np.ndarray:
+    """Whether each case (n,) scores above each control (m,), (n, m): 1 or 0, and one half for a tie."""
+    return (1 + np.sign(np.subtract.outer(cases, controls))) / 2
+
+
+def auroc_of_drawn(cases: np.ndarray, controls: np.ndarray, above: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC of subjects that are drawn so often: cases (..., n), controls (..., m), and `pairs_above` with weights."""
+    with np.errstate(invalid="ignore"):  # where no pair is compared
+        return (cases @ (above * weights) * controls).sum(-1) / (cases @ weights * controls).sum(-1)
 
 
 def with_intervals(
@@ -81,8 +92,7 @@ def with_intervals(
         """The scores (3, ...) of cases (..., n) and controls (..., m) drawn by position, from how often each was."""
         a = np.apply_along_axis(np.bincount, axis, first, minlength=n)  # (..., n)
         b = np.apply_along_axis(np.bincount, axis, second, minlength=m)  # (..., m)
-        with np.errstate(invalid="ignore"):  # where no pair is compared
-            auroc = (a @ (above * weights) * b).sum(-1) / (a @ weights * b).sum(-1)
+        auroc = auroc_of_drawn(a, b, above, weights)
         return np.stack([auroc, (a @ cases / n + b @ controls / m) / 2, (a @ cases + b @ controls) / (n + m)])
 
     ends = bootstrap_interval((np.arange(n), np.arange(m)), statistic, resamples, seed)

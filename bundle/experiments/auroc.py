@@ -8,6 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bundle.evaluation.intervals import bootstrap_interval
+from bundle.evaluation.subjects import auroc_of_drawn, pairs_above
 
 PAINTED = "painted"
 WHAT = ["cohort", "encoder", "readout", "size", "shuffled", "shifted"]
@@ -70,10 +71,8 @@ def differences(
 
 def _pairs(rows: pd.DataFrame) -> tuple[NDArray, NDArray]:
     """How often each case scores above each control, and how often the two were compared: (cases, controls) each."""
-    one_cohort = (rows["cohort"] == PAINTED) & ~rows[
-        "shuffled"
-    ]  # the same subjects, with the same labels, in every seed
-    names = rows["participant_id"].where(one_cohort, rows["seed"].astype(str) + " " + rows["participant_id"])
+    same = (rows["cohort"] == PAINTED) & ~rows["shuffled"]  # the same subjects and labels with every seed
+    names = rows["participant_id"].where(same, rows["seed"].astype(str) + " " + rows["participant_id"])
     place: dict[str, int] = {}
     for label in (1, 0):
         place |= {name: i for i, name in enumerate(sorted(set(names[rows["label"] == label])))}
@@ -82,7 +81,7 @@ def _pairs(rows: pd.DataFrame) -> tuple[NDArray, NDArray]:
     for _, part in rows.assign(place=names.map(place)).groupby(["seed", "fold"]):
         cases, controls = part[part["label"] == 1], part[part["label"] == 0]
         where = np.ix_(cases["place"], controls["place"])
-        above[where] += (1 + np.sign(np.subtract.outer(cases["logit"].to_numpy(), controls["logit"].to_numpy()))) / 2
+        above[where] += pairs_above(cases["logit"].to_numpy(), controls["logit"].to_numpy())
         weights[where] += 1
     return np.divide(above, weights, out=np.zeros(shape), where=weights > 0), weights
 
@@ -94,8 +93,7 @@ def _auroc(tables: Sequence[tuple[NDArray, NDArray]], resamples: int, seed: int)
     def statistic(first: NDArray, second: NDArray, axis: int) -> NDArray:
         a = np.apply_along_axis(np.bincount, axis, first, minlength=n)  # how often each case was drawn
         b = np.apply_along_axis(np.bincount, axis, second, minlength=m)
-        with np.errstate(invalid="ignore"):  # where no pair is compared
-            scores = [(a @ (above * w) * b).sum(-1) / (a @ w * b).sum(-1) for above, w in tables]
+        scores = [auroc_of_drawn(a, b, above, weights) for above, weights in tables]
         return scores[0] - scores[1] if len(scores) == 2 else scores[0]
 
     low, high = bootstrap_interval((np.arange(n), np.arange(m)), statistic, resamples, seed)

@@ -11,7 +11,6 @@ its last epoch.
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,16 +26,13 @@ from bundle.errors import InputError
 from bundle.experiments.auroc import PAINTED, differences, summarise
 from bundle.experiments.frozen import CONNECTIVITY, Design, connectivity_rows, encoder_rows
 from bundle.experiments.painted import paint
-from bundle.experiments.synthetic import EFFECTS, make_cohort
+from bundle.experiments.synthetic import EFFECTS
 from bundle.experiments.trial import Strategy
+from bundle.experiments.truth import prepared, prepared_cohort
 from bundle.files import file_sha256, slug, write_text
-from bundle.preparation import store
-from bundle.preparation.prepare import prepare, refuse_failed_rows
-from bundle.preparation.sources import find_runs
+from bundle.preparation.store import read_manifest
 from bundle.process import run_config
 from bundle.workers import parallel_map
-
-logger = logging.getLogger(__name__)
 
 NO_ENCODER = "none"
 
@@ -115,18 +111,18 @@ def run_plan(plan: Plan, workers: int = 1) -> pd.DataFrame:
 def _pretrain(plan: Plan) -> None:
     """Pretrain the encoders that are to be, one after another, each from where it was left."""
     folder = Path(plan.results).absolute() / "pretraining"
-    for name, settings in plan.encoders.items():
-        if "mask" not in settings:
-            continue
-        if plan.pretraining is None:
-            raise InputError(f"the plan's encoder {name!r} is to be pretrained, but it does not say on what")
-        subjects, seed = plan.pretraining["subjects"], plan.pretraining["seed"]
-        source = make_cohort(folder / "derivatives", subjects, 0.0, seed, duration_s=plan.duration_s)
-        refuse_failed_rows(prepare(find_runs(source), folder / "store")["rows"])
-        if not (folder / "splits.json").is_file():
-            save_splits(make_splits(store.read_manifest(folder / "store")["runs"]), folder / "splits.json")
-        overrides = {"dataset_dir": folder / "store", "splits_file": folder / "splits.json"}
-        overrides |= {"output_dir": _checkpoint(plan, name).parent} | plan.pretraining["overrides"]
+    wanted = {name: settings for name, settings in plan.encoders.items() if "mask" in settings}
+    if not wanted:
+        return
+    if plan.pretraining is None:
+        raise InputError(f"the plan's encoder {min(wanted)!r} is to be pretrained, but it does not say on what")
+    subjects, seed = plan.pretraining["subjects"], plan.pretraining["seed"]
+    store = prepared_cohort(folder, subjects, "nothing", 0.0, seed, plan.duration_s)
+    if not (folder / "splits.json").is_file():
+        save_splits(make_splits(read_manifest(store)["runs"]), folder / "splits.json")
+    data = {"dataset_dir": store, "splits_file": folder / "splits.json"}
+    for name, settings in wanted.items():
+        overrides = data | {"output_dir": _checkpoint(plan, name).parent} | plan.pretraining["overrides"]
         overlays = Strategy(name, settings["mask"]).overlays
         run_config("pretrain", ["pretrain", *overlays], overrides | settings.get("overrides", {}))
 
@@ -160,28 +156,27 @@ def _run_cohort(plan: Plan, which: tuple[str, int]) -> None:
         return
     torch.set_num_threads(1)
     folder = Path(plan.results) / "cohorts" / f"{cohort}_seed-{seed}"
-    source = _images(plan, folder / "derivatives", cohort, seed)
-    refuse_failed_rows(prepare(find_runs(source), folder / "store")["rows"])  # half a cohort is no test
+    store = _store(plan, folder, cohort, seed)
     design = Design(plan.readouts, plan.folds, plan.sizes, plan.shift, seed)
     for name in missing:
         if name == NO_ENCODER:
-            made = connectivity_rows(design, folder / "store")
+            made = connectivity_rows(design, store)
         else:
             settings = plan.encoders[name]
             given = settings if "size" in settings else {"checkpoint": _checkpoint(plan, name)}
-            made = encoder_rows(design, folder / "store", given)
+            made = encoder_rows(design, store, given)
         rows = pd.DataFrame(made).assign(cohort=cohort, seed=seed, encoder=name)
         write_text(_cell(plan, cohort, seed, name), rows.to_csv(index=False))
     shutil.rmtree(folder)
 
 
-def _images(plan: Plan, folder: Path, cohort: str, seed: int) -> Path:
-    if cohort == PAINTED:
-        if plan.painted is None:
-            raise InputError("the plan has no `painted`: the arguments of `python -m scripts paint`")
-        return paint(folder=folder, seed=seed, **plan.painted)
-    effect_on, effect = ("coupling", 0.0) if cohort == "nothing" else (cohort, plan.effect)
-    return make_cohort(folder, plan.subjects, effect, seed, duration_s=plan.duration_s, effect_on=effect_on)
+def _store(plan: Plan, folder: Path, cohort: str, seed: int) -> Path:
+    """Make a cohort's images in a folder, prepare them, and return the store."""
+    if cohort != PAINTED:
+        return prepared_cohort(folder, plan.subjects, cohort, plan.effect, seed, plan.duration_s)
+    if plan.painted is None:
+        raise InputError("the plan has no `painted`: the arguments of `python -m scripts paint`")
+    return prepared(paint(folder=folder / "derivatives", seed=seed, **plan.painted), folder / "store")
 
 
 def write_tables(plan: Plan, rows: pd.DataFrame, resamples: int = 2000) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.transforms import Compose
 from nilearn import signal
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
@@ -19,18 +20,18 @@ from torch import Tensor, nn
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import labels_on, load_atlas, region_labels
 from bundle.anatomy.parcels import parcel_index, parcels_of
+from bundle.data.clips import clips, shuffled_within
 from bundle.data.normalisation import Normalisation
-from bundle.data.transforms import ScatterClipd, TimeLastd
+from bundle.data.transforms import ScatterClipd, TakeClipd, TimeLastd
 from bundle.errors import InputError
-from bundle.experiments.baselines import region_series
+from bundle.experiments.baselines import participant_series
 from bundle.heads.attention import AttentionClassifier
 from bundle.heads.connectivity import KINDS, PENALTIES, ConnectivityClassifier, least_class
 from bundle.heads.covariance import CovarianceReadout
 from bundle.heads.pooling import pool
 from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.preparation import store
-from bundle.preparation.scaling import run_moments
-from bundle.training.checkpoints import load_checkpoint, saved_facts
+from bundle.training.checkpoints import encoder_weights, load_checkpoint, saved_facts
 
 CONNECTIVITY = ("connectivity of labels", "connectivity of groups")
 """Readouts without an encoder: of all labels, as the baseline of a sweep; of the groups, as the covariance readout."""
@@ -73,10 +74,7 @@ def _tested(
     labels = np.array([run["diagnosis"] for run in runs])
     strata = [f"{run['site']} {run['diagnosis']}" for run in runs]
     rng = np.random.default_rng(design.seed)
-    shuffled = labels.copy()
-    for site in sorted({run["site"] for run in runs}):  # within sites, see `bundle.data.clips`
-        members = np.flatnonzero([run["site"] == site for run in runs])
-        shuffled[members] = rng.permutation(labels[members])
+    shuffled = shuffled_within([str(run["site"]) for run in runs], labels, rng)
     folds = StratifiedKFold(design.folds, shuffle=True, random_state=design.seed)
     for fold, (train, test) in enumerate(folds.split(labels, strata)):
         jobs = [(labels, _some(train, labels, size, rng), size, False) for size in design.sizes if size < len(train)]
@@ -112,13 +110,12 @@ def connectivity_rows(design: Design, folder: Path) -> Iterator[dict[str, Any]]:
     """Plain connectivity, see `CONNECTIVITY`."""
     runs = records_of(folder)
     atlas = load_atlas()
-    tables = [region_series(folder, run, atlas) for run in runs]
-    names = sorted(set.intersection(*(set(table) for table in tables)))
+    courses = participant_series(folder, runs, folder.parent / "series", atlas)
     groups = parcel_index(atlas, parcels_of(atlas, "group")).ravel()
     of_labels: dict[str, Any] = {"kinds": KINDS}
     of_groups: dict[str, Any] = {"kinds": ["tangent"], "discard_diagonal": False}
     rivals = [
-        ([table[names].to_numpy() for table in tables], of_labels),
+        ([courses[run["participant_id"]] for run in runs], of_labels),
         ([_group_series(folder, run["run_id"], groups) for run in runs], of_groups),
     ]
     for name, (series, options) in zip(CONNECTIVITY, rivals, strict=True):
@@ -182,9 +179,7 @@ def load_frozen(settings: Mapping[str, Any], seed: int) -> tuple[SwinMambaEncode
     saved = load_checkpoint(settings["checkpoint"])
     facts = saved_facts(saved, settings["checkpoint"])
     encoder = SwinMambaEncoder(**facts["network"])
-    prefix = "encoder."
-    state = {k.removeprefix(prefix): v for k, v in saved["network"].items() if k.startswith(prefix)}
-    encoder.load_state_dict(state, strict=True)
+    encoder.load_state_dict(encoder_weights(saved), strict=True)
     return encoder.requires_grad_(False).eval(), Normalisation(**facts["normalisation"])
 
 
@@ -212,13 +207,11 @@ def _features(
     if moved:
         columns = np.isin(labels_on(load_atlas(), grid.AFFINE, grid.SHAPE).ravel()[voxels], moved)
         frames[:, columns] = np.roll(frames[:, columns], len(frames) // 2, axis=0)
-    moments = run_moments(store.read_moments(folder, name), run)
-    scatter, time_last = ScatterClipd(normalisation), TimeLastd()
+    whole = {"bold": frames, "voxels": voxels, "moments": store.read_moments(folder, name), "record": run}
+    to_image = Compose([TakeClipd(frames=encoder.frames), ScatterClipd(normalisation), TimeLastd()])
     found: dict[str, list[Tensor]] = {key: [] for key in ("tokens", *heads)}
-    for start in range(0, len(frames) - encoder.frames + 1, encoder.frames):
-        clip = {"frames": frames[start : start + encoder.frames], "voxels": voxels}
-        item = time_last(scatter(clip | {"moments": moments, "fill": run["fill"]}))
-        image = item["image"].as_tensor()[None]
+    for clip in clips([run], encoder.frames, encoder.frames):
+        image = to_image(clip | whole)["image"].as_tensor()[None]
         stages = list(encoder.all_tokens(image))  # (1, x, y, z, T, c)
         found["tokens"].append(stages[-1].flatten(1, 4))
         for key, head in heads.items():

@@ -1,7 +1,7 @@
 """Paint real region time courses into MNI volumes, so that everything that needs images can be tried on real dynamics.
 
 Every voxel of a label has the course of its label: `mean * (1 + 1 % * z-scored course + 1 % * white noise + drift)`,
-with the anatomy, noise and drift of `bundle.experiments.synthetic`; voxels without a label have noise and drift only.
+with the anatomy, noise and drift of `bundle.experiments.volumes`; voxels without a label have noise and drift only.
 So the images tell about how regions vary together, and nothing about amplitudes or about patterns inside regions.
 """
 
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from bundle.anatomy.atlas import label_table, load_atlas
 from bundle.errors import InputError
-from bundle.experiments.synthetic import (
+from bundle.experiments.volumes import (
     DRIFT,
     NOISE,
     SIGNAL,

@@ -15,12 +15,19 @@ from bundle.preparation.prepare import prepare, refuse_failed_rows
 from bundle.preparation.sources import find_runs
 
 
-def prepared_cohort(folder: Path, subjects: int, planted: str, effect: float, seed: int) -> Path:
+def prepared_cohort(
+    folder: Path, subjects: int, planted: str, effect: float, seed: int, duration_s: float = 60.0
+) -> Path:
     """Make a synthetic cohort in a folder, prepare it, and return its store."""
     effect_on, size = ("coupling", 0.0) if planted == "nothing" else (planted, effect)
-    source = make_cohort(folder / "derivatives", subjects, size, seed, duration_s=60.0, effect_on=effect_on)
-    refuse_failed_rows(prepare(find_runs(source), folder / "store")["rows"])  # half a cohort is no test
-    return folder / "store"
+    source = make_cohort(folder / "derivatives", subjects, size, seed, duration_s=duration_s, effect_on=effect_on)
+    return prepared(source, folder / "store")
+
+
+def prepared(source: Path, store: Path) -> Path:
+    """Prepare a cohort's images, and return the store; half a cohort is no test, so a failed run is an error."""
+    refuse_failed_rows(prepare(find_runs(source), store)["rows"])
+    return store
 
 
 def truth_test(

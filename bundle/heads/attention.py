@@ -1,15 +1,15 @@
 """A readout that learns which tokens of a run to look at."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bundle.networks.swin_mamba import SwinMambaEncoder
+from bundle.heads.on_encoder import OnEncoder
 
 
-class AttentionClassifier(nn.Module):
+class AttentionClassifier(OnEncoder):
     """Score whole runs: a weighted mean of the encoder's tokens over space, time and clips, then one linear unit.
 
     Tokens are standardised as in `bundle.heads.mean.Classifier`. Their weights are a softmax, over all tokens of all
@@ -23,22 +23,10 @@ class AttentionClassifier(nn.Module):
     """
 
     def __init__(self, freeze: bool = True, queries: int = 1, **encoder: Any) -> None:
-        super().__init__()
-        self.freeze = freeze
-        self.encoder = SwinMambaEncoder(**encoder)
+        super().__init__(freeze, **encoder)
         channels = self.encoder.channels
-        self.norm = nn.BatchNorm1d(channels, eps=1e-8, affine=False, momentum=None if freeze else 0.1)
         self.queries = nn.Parameter(torch.zeros(queries, channels))
         self.head = nn.Linear(queries * channels, 1)
-        if freeze:
-            self.encoder.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch to training mode, except for a frozen encoder."""
-        super().train(mode)
-        if self.freeze:
-            self.encoder.eval()
-        return self
 
     def features(self, image: Tensor) -> Tensor:
         """Map clips (C, 1, X, Y, Z, T) to their tokens (C, tokens, c)."""

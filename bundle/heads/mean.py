@@ -1,17 +1,17 @@
 """A light classification head on a frozen encoder."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bundle.errors import InputError
-from bundle.networks.swin_mamba import SwinMambaEncoder
+from bundle.heads.on_encoder import OnEncoder
 
 
-class Classifier(nn.Module):
+class Classifier(OnEncoder):
     """Score each clip: the mean of the encoder's tokens, standardised, then one linear unit.
 
     The result is one logit per clip for "case": its sigmoid is the probability. (A softmax over one logit is
@@ -27,22 +27,8 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, freeze: bool = True, **encoder: Any) -> None:
-        super().__init__()
-        self.freeze = freeze
-        self.encoder = SwinMambaEncoder(**encoder)
-        # features of a frozen encoder do not drift, so all batches count alike in the mean and variance (momentum None)
-        momentum = None if freeze else 0.1
-        self.norm = nn.BatchNorm1d(self.encoder.channels, eps=1e-8, affine=False, momentum=momentum)
+        super().__init__(freeze, **encoder)
         self.head = nn.Linear(self.encoder.channels, 1)
-        if freeze:
-            self.encoder.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch to training mode, except for a frozen encoder."""
-        super().train(mode)
-        if self.freeze:
-            self.encoder.eval()
-        return self
 
     def features(self, image: Tensor) -> Tensor:
         """Map images (B, 1, X, Y, Z, T) to the mean over their tokens (B, c)."""

@@ -150,6 +150,12 @@ def saved_facts(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, An
     return facts
 
 
+def encoder_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a checkpoint's encoder, by their names in it."""
+    prefix = "encoder."
+    return {k.removeprefix(prefix): v for k, v in checkpoint["network"].items() if k.startswith(prefix)}
+
+
 def load_encoder(encoder: nn.Module, path: str, provenance: Provenance) -> None:
     """Load the encoder of a pretrained masked autoencoder; every key must fit.
 
@@ -168,8 +174,7 @@ def load_encoder(encoder: nn.Module, path: str, provenance: Provenance) -> None:
         return
     saved = load_checkpoint(path)
     facts = saved_facts(saved, path)
-    prefix = "encoder."
-    state = {k.removeprefix(prefix): v for k, v in saved["network"].items() if k.startswith(prefix)}
+    state = encoder_weights(saved)
     compared = facts
     if provenance.facts["normalisation"]["mode"] == "both" and facts["normalisation"]["mode"] == "run":
         logger.warning("%s: has seen z over the run only; the second channel begins at zero", path)

@@ -187,8 +187,7 @@ def small_cohorts(monkeypatch) -> list[int]:
 
     def make(plan, folder: Path, cohort: str, seed: int) -> Path:
         asked.append(seed)
-        planted_store(folder.parent, plan.subjects, plan.effect, seed, frames=48, per_label=5)
-        return folder
+        return planted_store(folder, plan.subjects, plan.effect, seed, frames=48, per_label=5)
 
     def rows(design: Design, folder: Path, *_: object) -> list[dict]:
         ways = {"size": 0, "shuffled": False, "shifted": False, "fold": 0}
@@ -201,9 +200,7 @@ def small_cohorts(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(dynamics, "encoder_rows", rows)
     monkeypatch.setattr(dynamics, "connectivity_rows", rows)
-    monkeypatch.setattr(dynamics, "_images", make)
-    monkeypatch.setattr(dynamics, "find_runs", lambda source: source)
-    monkeypatch.setattr(dynamics, "prepare", lambda runs, folder: {"rows": []})
+    monkeypatch.setattr(dynamics, "_store", make)
     return asked
 
 
@@ -251,13 +248,12 @@ def test_pretraining_is_asked_for_with_the_plans_settings(tmp_path, small_cohort
         facts = Provenance(config={}, network=network.encoder.size, normalisation=VOXEL)
         save_checkpoint({"network": network, "provenance": facts}, overrides["output_dir"] / "best.pt")
 
-    def cohort(folder: Path, subjects: int, effect: float, seed: int, duration_s: float) -> Path:
-        assert (subjects, effect, seed, duration_s) == (60, 0.0, 7, 60.0)
-        planted_store(folder.parent, subjects, effect, seed, frames=48, per_label=5)
-        return folder
+    def cohort(folder: Path, subjects: int, planted: str, effect: float, seed: int, duration_s: float) -> Path:
+        assert (subjects, planted, effect, seed, duration_s) == (60, "nothing", 0.0, 7, 60.0)
+        return planted_store(folder, subjects, effect, seed, frames=48, per_label=5)
 
     monkeypatch.setattr(dynamics, "run_config", pretrain)
-    monkeypatch.setattr(dynamics, "make_cohort", cohort)
+    monkeypatch.setattr(dynamics, "prepared_cohort", cohort)
     encoders = {"my encoder": {"mask": "random_tube", "overrides": {"mask_ratio": 0.5}}}
     pretraining = {"subjects": 60, "seed": 7, "overrides": {"max_epochs": 2}}
     path = plan_file(tmp_path, seeds=[0], encoders=encoders, pretraining=pretraining)

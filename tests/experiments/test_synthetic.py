@@ -19,7 +19,7 @@ from nilearn.maskers import NiftiLabelsMasker
 from scipy.signal import detrend
 
 from bundle.errors import InputError
-from bundle.experiments import synthetic
+from bundle.experiments import synthetic, volumes
 from bundle.experiments.patterns import label_pattern, smooth_field
 from bundle.experiments.signals import group_latents, label_signals
 from bundle.experiments.synthetic import SITES, Site, make_cohort, plan_cohort
@@ -296,7 +296,7 @@ def test_a_pattern_is_balanced_within_every_label():
 @pytest.mark.parametrize("voxel_mm", [6.0, 7.0])
 def test_label_means_are_blind_to_the_pattern(atlas, voxel_mm):
     """Of the noise-free signal of patterns only, by nilearn's masker and resampling of the shipped AAL3."""
-    anatomy = synthetic.site_anatomy(voxel_mm)
+    anatomy = volumes.site_anatomy(voxel_mm)
     patterns = group_latents(0.8, 30, 2.0, np.random.default_rng(0))
     data = np.zeros((*anatomy.mask.shape, 30))
     data[anatomy.mask] = anatomy.mean[:, None] * synthetic.pattern_change(anatomy, patterns)
@@ -310,7 +310,7 @@ def test_label_means_are_blind_to_the_pattern(atlas, voxel_mm):
 
 def pattern_courses(cohort: Path, subject: str, site: Site) -> np.ndarray:
     """(T, 2) courses of limbic and cerebellar patterns: each frame's projection on the field; label means drop out."""
-    anatomy = synthetic.site_anatomy(site.voxel_mm)
+    anatomy = volumes.site_anatomy(site.voxel_mm)
     bold = nib.as_closest_canonical(nib.load(bold_of(cohort, subject))).get_fdata()[anatomy.mask]
     regions = (np.isin(anatomy.labels, numbers) for numbers in (LIMBIC, CEREBELLUM))
     return np.stack([bold[inside].T @ anatomy.pattern[inside] for inside in regions], axis=1)
@@ -333,7 +333,7 @@ def test_patterns_show_what_label_means_do_not(pattern_cohort, atlas):
 
 
 def test_label_means_do_not_change_with_a_subjects_pattern_coupling():
-    anatomy, site = synthetic.site_anatomy(7.0), COARSE[1]
+    anatomy, site = volumes.site_anatomy(7.0), COARSE[1]
     latents = group_latents(0.2, 40, site.tr, np.random.default_rng(0))
     signals = []
     for z in (-0.5, 1.5):
@@ -437,7 +437,7 @@ def test_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch, error):
     target = tmp_path / "cohort"
     target.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(synthetic.nib, "save", save)
+        patch.setattr(volumes.nib, "save", save)
         with pytest.raises(type(error) if isinstance(error, Exception) else error):
             make_cohort(target, 4, sites=COARSE[1:2], duration_s=40)
     assert len(saved) == 3

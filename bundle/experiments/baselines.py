@@ -69,8 +69,8 @@ def region_series(store: str | Path, run: dict, atlas: Atlas) -> pd.DataFrame:
     return pd.DataFrame(cleaned, columns=[atlas.names[int(number)] for number in numbers])
 
 
-def participant_series(store: str | Path, runs: Sequence[dict], cache: Path, atlas: Atlas) -> dict[str, NDArray]:
-    """Region series of each participant, runs one after another, (T, labels), for labels that all participants have.
+def participant_series(store: str | Path, runs: Sequence[dict], cache: Path, atlas: Atlas) -> dict[str, pd.DataFrame]:
+    """Region series of each participant, runs one after another: T rows, a column per label that all participants have.
 
     The series of each run are kept in `cache` and read from there while the run is the same.
     """
@@ -85,7 +85,7 @@ def participant_series(store: str | Path, runs: Sequence[dict], cache: Path, atl
     if len(names) < 2:
         raise InputError(f"{store}: fewer than two AAL3 labels are inside every brain, so there is no connectivity")
     logger.info("Connectivity of %d of %d labels, those that every participant has", len(names), len(atlas.names))
-    return {name: pd.concat(parts)[names].to_numpy() for name, parts in tables.items()}
+    return {name: pd.concat(parts)[names] for name, parts in tables.items()}
 
 
 def table_classifier(columns: pd.DataFrame) -> BaseEstimator:
@@ -157,8 +157,10 @@ def _head_motion(store: str | Path, runs: Sequence[dict], cache: Path, seed: int
 
 def _connectivity(classifier: Callable[[int], BaseEstimator]) -> Callable:
     def make(store: str | Path, runs: Sequence[dict], cache: Path, seed: int) -> tuple[Features, BaseEstimator]:
-        series = participant_series(store, runs, cache, load_atlas())
-        return series, ConnectivityClassifier(classifier(seed), seed)
+        tables = participant_series(store, runs, cache, load_atlas())
+        return {name: table.to_numpy() for name, table in tables.items()}, ConnectivityClassifier(
+            classifier(seed), seed
+        )
 
     return make
 

@@ -35,6 +35,7 @@ from bundle.process import run_config
 from bundle.workers import parallel_map
 
 NO_ENCODER = "none"
+SHIFTED = ("coupling", "intensity")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Plan:
         duration_s: of each synthetic run.
         folds: in which every subject is tested once.
         sizes: numbers of training subjects, beside all of them.
-        shift: regions whose voxels are moved in time by half a run in the test subjects, as a control; none if empty.
+        shift: regions whose voxels are moved in time by half a run in the test subjects, as a control of the cohorts
+            `SHIFTED`; none if empty.
         pretraining: of its cohort `subjects` and `seed`, and `overrides` of pretrain.json for all encoders.
         painted: arguments of `paint`, without its folder and seed.
     """
@@ -157,7 +159,7 @@ def _run_cohort(plan: Plan, which: tuple[str, int]) -> None:
     torch.set_num_threads(1)
     folder = Path(plan.results) / "cohorts" / f"{cohort}_seed-{seed}"
     store = _store(plan, folder, cohort, seed)
-    design = Design(plan.readouts, plan.folds, plan.sizes, plan.shift, seed)
+    design = Design(plan.readouts, plan.folds, plan.sizes, plan.shift if cohort in SHIFTED else (), seed)
     for name in missing:
         if name == NO_ENCODER:
             made = connectivity_rows(design, store)

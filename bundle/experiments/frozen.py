@@ -11,6 +11,7 @@ import torch
 from monai.transforms import Compose
 from nilearn import signal
 from numpy.typing import NDArray
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
@@ -33,8 +34,10 @@ from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.preparation import store
 from bundle.training.checkpoints import encoder_weights, load_checkpoint, saved_facts
 
-CONNECTIVITY = ("connectivity of labels", "connectivity of groups")
-"""Readouts without an encoder: of all labels, as the baseline of a sweep; of the groups, as the covariance readout."""
+CONNECTIVITY = ("connectivity of labels", "connectivity of groups", "connectivity of components")
+"""Readouts without an encoder: of all labels, as the baseline of a sweep; of the groups' means; of `COMPONENTS`
+principal components of each group's labels, as the covariance readout has them of an encoder's channels."""
+COMPONENTS = 2
 
 
 @dataclass(frozen=True)
@@ -110,21 +113,35 @@ def connectivity_rows(design: Design, folder: Path) -> Iterator[dict[str, Any]]:
     """Plain connectivity, see `CONNECTIVITY`."""
     runs = records_of(folder)
     atlas = load_atlas()
-    courses = participant_series(folder, runs, folder.parent / "series", atlas)
-    groups = parcel_index(atlas, parcels_of(atlas, "group")).ravel()
-    of_labels: dict[str, Any] = {"kinds": KINDS}
-    of_groups: dict[str, Any] = {"kinds": ["tangent"], "discard_diagonal": False}
-    rivals = [
-        ([courses[run["participant_id"]] for run in runs], of_labels),
-        ([_group_series(folder, run["run_id"], groups) for run in runs], of_groups),
+    tables = participant_series(folder, runs, folder.parent / "series", atlas)
+    parcels = parcels_of(atlas, "group")
+    of_labels = [tables[run["participant_id"]].to_numpy() for run in runs]
+    of_groups = [_group_series(folder, run["run_id"], parcel_index(atlas, parcels).ravel()) for run in runs]
+    names = next(iter(tables.values())).columns
+    members = [names.get_indexer([atlas.names[n] for n in numbers]) for numbers in parcels.values()]
+    members = [columns[columns >= 0] for columns in members if max(columns) >= 0]
+
+    def fitted(rows: list, truth: NDArray, test: list, **options: Any) -> NDArray:
+        classifier = LogisticRegression(max_iter=5000, random_state=design.seed)
+        return ConnectivityClassifier(classifier, design.seed, **options).fit(rows, truth).decision_function(test)
+
+    def reduced(rows: list, truth: NDArray, test: list) -> NDArray:
+        joined = np.concatenate(rows)
+        axes = [PCA(min(COMPONENTS, len(columns))).fit(joined[:, columns]) for columns in members]
+
+        def courses(row: NDArray) -> NDArray:
+            return np.hstack([axis.transform(row[:, columns]) for axis, columns in zip(axes, members, strict=True)])
+
+        return tangent([courses(row) for row in rows], truth, [courses(row) for row in test])
+
+    tangent = partial(fitted, kinds=["tangent"], discard_diagonal=False)
+    rivals: list[tuple[list, Readout]] = [
+        (of_labels, partial(fitted, kinds=KINDS)),
+        (of_groups, tangent),
+        (of_labels, reduced),
     ]
-    for name, (series, options) in zip(CONNECTIVITY, rivals, strict=True):
-
-        def fitted(rows: list, labels: NDArray, test: list, options: dict[str, Any] = options) -> NDArray:
-            classifier = LogisticRegression(max_iter=5000, random_state=design.seed)
-            return ConnectivityClassifier(classifier, design.seed, **options).fit(rows, labels).decision_function(test)
-
-        for row in _tested(design, runs, {False: series}, fitted):
+    for name, (series, readout) in zip(CONNECTIVITY, rivals, strict=True):
+        for row in _tested(design, runs, {False: series}, readout):
             yield row | {"readout": name}
 
 
@@ -192,7 +209,7 @@ def _features(
     heads: Mapping[str, CovarianceReadout],
     moved: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Of a whole run: the last stage's tokens (C, tokens, c), and each covariance readout's features (C, T, P, c).
+    """Of a whole run: the last stage's tokens (C, tokens, c), and each covariance readout's features (C, T, L, c).
 
     Args:
         folder: the store.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bundle.anatomy.atlas import load_atlas
 from bundle.errors import InputError
 from bundle.heads.connectivity import ConnectivityClassifier
-from bundle.heads.pooling import pool, token_shares
+from bundle.heads.pooling import label_members, pool, token_shares
 from bundle.networks.swin_mamba import SwinMambaEncoder
 
 SUBTRACT = ("clip_mean", "training_mean", None)
@@ -27,9 +27,10 @@ FAINT = 1e-4
 class CovarianceReadout(nn.Module):
     """Score whole runs by the covariance of parcels' courses, in the tangent space of the training set's mean.
 
-    The encoder's tokens are averaged over each parcel, and a linear drift over the run is taken off. A parcel's
-    channels become a few principal components, whose courses over a run are scaled to SD 1. Their Ledoit-Wolf
-    covariance is mapped to the tangent space of the training participants' geometric mean (Varoquaux et al. 2010,
+    The encoder's tokens are averaged over each label, and a linear drift over the run is taken off. All channels of all
+    labels of a parcel become a few principal components, so that what differs between its labels, and inside them, is
+    kept and not averaged away. The components' courses over a run are scaled to SD 1. Their Ledoit-Wolf covariance is
+    mapped to the tangent space of the training participants' geometric mean (Varoquaux et al. 2010,
     MICCAI; nilearn's `ConnectivityMeasure`), standardised, and weighed by a logistic regression whose penalty is tuned
     in folds of the training participants.
 
@@ -38,8 +39,8 @@ class CovarianceReadout(nn.Module):
     Args:
         freeze: must be True.
         stage: whose tokens are read, see `SwinMambaEncoder.tokens`.
-        level: parcels, "label" or "group".
-        components: principal components of each parcel's channels.
+        level: parcels: each "label" by itself, or its "group" (the seven regions and the insula).
+        components: principal components of each parcel.
         subtract: what is taken off before, frame by frame of the clip: "clip_mean", the run's own mean over its clips;
             "training_mean", the mean over all clips of all training runs; or None. (The embedding of time repeats in
             every clip, and would pass for a fluctuation that all parcels share.)
@@ -50,7 +51,7 @@ class CovarianceReadout(nn.Module):
         InputError: an argument is none of those above.
     """
 
-    shares: Tensor  # (P, tokens)
+    shares: Tensor  # (labels, tokens)
     differentiable = False  # with respect to the images
 
     def __init__(
@@ -58,7 +59,7 @@ class CovarianceReadout(nn.Module):
         freeze: bool = True,
         stage: int = 1,
         level: str = "group",
-        components: int = 3,
+        components: int = 2,
         subtract: str | None = "clip_mean",
         atlas: str | Path | None = None,
         **encoder: Any,
@@ -73,7 +74,8 @@ class CovarianceReadout(nn.Module):
         if not 1 <= components <= channels:
             raise InputError(f"components must be 1 to {channels}, the channels of stage {stage}, not {components}")
         self.stage, self.components, self.subtract = stage, components, subtract
-        self.register_buffer("shares", token_shares(atlas, level, edge, self.encoder.image_size), persistent=False)
+        self.parcels = label_members(atlas, level)
+        self.register_buffer("shares", token_shares(atlas, edge, self.encoder.image_size), persistent=False)
         self.settings: dict[str, Any] = {  # what the fitted numbers mean nothing without
             "stage": stage,
             "level": level,
@@ -90,8 +92,9 @@ class CovarianceReadout(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """Return the settings, and all that was fitted as tensors on the CPU; `torch.load(weights_only=True)` reads it.
 
-        The tensors are `training_mean` (T, P, c), `basis` (P, c, k), `spread` (P, k), `mean` and `whitening`
-        (P * k, P * k), `weights` (P * k * (P * k + 1) / 2,) and `bias` (); there are none before `fit`.
+        The tensors are `training_mean` (T, L, c) of L labels, `basis` (L, c, k), each label's part of its parcel's
+        components, `spread` (P, k) of P parcels, `mean` and `whitening` (P * k, P * k), `weights`
+        (P * k * (P * k + 1) / 2,) and `bias` (); there are none before `fit`.
         """
         return {"settings": dict(self.settings), "fitted": dict(self.fitted)}
 
@@ -109,7 +112,7 @@ class CovarianceReadout(nn.Module):
 
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
-        """Map clips (C, 1, X, Y, Z, T) to their tokens' mean over each parcel, float32 (C, T, P, c)."""
+        """Map clips (C, 1, X, Y, Z, T) to their tokens' mean over each label, float32 (C, T, L, c)."""
         return pool(self.encoder.tokens(image, self.stage), self.shares)
 
     def fit(
@@ -122,7 +125,7 @@ class CovarianceReadout(nn.Module):
         """Fit all but the encoder to the training runs.
 
         Args:
-            runs: `features` of each run's clips, (C, T, P, c).
+            runs: `features` of each run's clips, (C, T, L, c).
             labels: 1 case, 0 control, of each run.
             seed: of the inner folds.
             participants: who each run is of; None: each of another one. Courses of a participant's runs are joined, so
@@ -133,13 +136,21 @@ class CovarianceReadout(nn.Module):
         """
         total = sum(run.double().sum(0) for run in runs)
         self.fitted = {"training_mean": torch.as_tensor(total).cpu() / sum(map(len, runs))}
-        moment, frames = torch.zeros(()), 0
+        moments: list[Tensor] = [torch.zeros(()) for _ in self.parcels]
+        frames = 0
         for run in runs:
-            centred = self._centred(run)  # (n, P, c)
-            moment, frames = moment + torch.einsum("npc,npd->pcd", centred, centred), frames + len(centred)
-        variances, vectors = torch.linalg.eigh(moment / frames)  # ascending
-        self.fitted["basis"] = vectors[..., -self.components :].contiguous()
-        spread = variances[..., -self.components :].clamp(min=0).sqrt()
+            centred = self._centred(run)  # (n, L, c)
+            for position, members in enumerate(self.parcels):
+                courses = centred[:, members].flatten(1)
+                moments[position] = moments[position] + courses.T @ courses
+            frames += len(centred)
+        basis = centred.new_zeros(*centred.shape[1:], self.components)
+        spread = centred.new_zeros(len(self.parcels), self.components)
+        for position, members in enumerate(self.parcels):
+            variances, vectors = torch.linalg.eigh(moments[position] / frames)  # ascending
+            basis[members] = vectors[:, -self.components :].unflatten(0, (len(members), -1))
+            spread[position] = variances[-self.components :].clamp(min=0).sqrt()
+        self.fitted["basis"] = basis
         self.fitted["spread"] = spread.clamp(min=FAINT * spread.max().item())  # parcels outside every brain
         joined: dict[Hashable, list[NDArray[np.float64]]] = {}
         label_of: dict[Hashable, int] = {}
@@ -161,7 +172,7 @@ class CovarianceReadout(nn.Module):
         """Score whole runs.
 
         Args:
-            image: clips (C, 1, X, Y, Z, T), or their `features` (C, T, P, c), one run after another.
+            image: clips (C, 1, X, Y, Z, T), or their `features` (C, T, L, c), one run after another.
             counts: clips of each run; None: all are of one run.
 
         Returns:
@@ -183,11 +194,11 @@ class CovarianceReadout(nn.Module):
         return torch.as_tensor(logits, dtype=torch.float32, device=image.device)[:, None]
 
     def _centred(self, run: Tensor) -> Tensor:
-        """A run's features (C, T, P, c) as deviations (C * T, P, c) from a line over the run, float64 on the CPU."""
+        """A run's features (C, T, L, c) as deviations (C * T, L, c) from a line over the run, float64 on the CPU."""
         expected = self.fitted["training_mean"].shape
         if run.shape[1:] != expected:
             raise InputError(
-                f"the covariance readout was fitted to clips of (frames, parcels, channels) {tuple(expected)}, not "
+                f"the covariance readout was fitted to clips of (frames, labels, channels) {tuple(expected)}, not "
                 f"{tuple(run.shape[1:])}"
             )
         values = run.cpu().double()
@@ -203,8 +214,11 @@ class CovarianceReadout(nn.Module):
         return torch.from_numpy(detrend(values.flatten(0, 1).numpy(), axis=0))
 
     def _courses(self, run: Tensor) -> NDArray[np.float64]:
-        """A run's features (C, T, P, c) as courses (C * T, P * k) of SD 1, or 0 where nothing happens."""
-        courses = torch.einsum("npc,pck->npk", self._centred(run), self.fitted["basis"])
+        """A run's features (C, T, L, c) as courses (C * T, P * k) of SD 1, or 0 where nothing happens."""
+        centred, basis = self._centred(run), self.fitted["basis"]
+        courses = torch.stack(
+            [centred[:, members].flatten(1) @ basis[members].flatten(0, 1) for members in self.parcels], dim=1
+        )
         spread = courses.std(0, correction=0)
         still = spread <= FAINT * self.fitted["spread"]
         return (courses / spread.where(~still, torch.inf)).flatten(1).numpy()

@@ -19,30 +19,38 @@ from bundle.heads.covariance import CovarianceReadout
 
 SMALL = {"frames": 10, "embed_dim": 4, "depths": [1, 1], "level": "group"}
 PARCELS = 8
+MEMBERS = ((0, 1), (2,), (3, 4, 5), (6,), (7,), (8,), (9,), (10,))  # labels of each parcel
+LABELS = 11
 
 
 def readout(**changes) -> CovarianceReadout:
+    """The readout, of eight parcels of few labels instead of the atlas'."""
     torch.manual_seed(0)
-    return CovarianceReadout(**(SMALL | {"components": 1} | changes))
+    network = CovarianceReadout(**(SMALL | {"components": 1} | changes))
+    network.parcels = [list(members) for members in MEMBERS]
+    return network
 
 
 def cohort(people: int, seed: int, coupling: float = 0.7, clips: int = 12) -> tuple[list[torch.Tensor], np.ndarray]:
-    """Runs (C, 10, 8, 4) with one source per parcel; in cases those of the first two parcels are coupled.
+    """Runs (C, 10, 11, 4) with one source per parcel; in cases those of the first two parcels are coupled.
+
+    A parcel's labels have its source in channels of their own, with either sign.
 
     Around a static value per parcel, and beside noise in all channels.
     """
     rng = np.random.default_rng(seed)
-    mixing = np.random.default_rng(99).normal(size=(PARCELS, 4))
+    mixing = np.random.default_rng(99).normal(size=(LABELS, 4))
     mixing /= np.linalg.norm(mixing, axis=1, keepdims=True)
+    parcel_of = np.repeat(np.arange(PARCELS), [len(members) for members in MEMBERS])
     labels = np.arange(people) % 2
     runs = []
     for label in labels:
         source = rng.normal(size=(clips * 10, PARCELS))
         if label:
             source[:, 1] = coupling * source[:, 0] + np.sqrt(1 - coupling**2) * source[:, 1]
-        values = source[..., None] * mixing + 0.1 * rng.normal(size=(len(source), PARCELS, 4))
-        values += rng.normal(size=(1, PARCELS, 4))
-        runs.append(torch.tensor(values, dtype=torch.float32).view(clips, 10, PARCELS, 4))
+        values = source[:, parcel_of, None] * mixing + 0.1 * rng.normal(size=(len(source), LABELS, 4))
+        values += rng.normal(size=(1, LABELS, 4))
+        runs.append(torch.tensor(values, dtype=torch.float32).view(clips, 10, LABELS, 4))
     return runs, labels
 
 
@@ -79,17 +87,22 @@ def test_the_result_is_that_of_nilearn_and_scikit_learn():
 
     def deviations(run):
         values = run.numpy().astype(np.float64)
-        values = (values - values.mean(0)).reshape(-1, PARCELS, 4)
+        values = (values - values.mean(0)).reshape(-1, LABELS, 4)
         line = np.stack([np.ones(len(values)), np.arange(len(values))], axis=1)
         fitted, *_ = np.linalg.lstsq(line, values.reshape(len(values), -1))
         return values - (line @ fitted).reshape(values.shape)
 
     def courses(run):
-        parts = [deviations(run)[:, p] @ axes[p] for p in range(PARCELS)]
+        parts = [
+            deviations(run)[:, members].reshape(-1, 4 * len(members)) @ axis
+            for members, axis in zip(MEMBERS, axes, strict=True)
+        ]
         return np.stack([part / part.std() for part in parts], axis=1)
 
     joined = np.concatenate([deviations(run) for run in runs])
-    axes = [np.linalg.svd(joined[:, p], full_matrices=False)[2][0] for p in range(PARCELS)]
+    axes = [
+        np.linalg.svd(joined[:, members].reshape(len(joined), -1), full_matrices=False)[2][0] for members in MEMBERS
+    ]
     measure, scaler = ConnectivityMeasure(kind="tangent", vectorize=True, standardize=False), StandardScaler()
     rows = scaler.fit_transform(measure.fit_transform([courses(run) for run in runs]))
     folds = StratifiedKFold(5, shuffle=True, random_state=3)
@@ -107,7 +120,7 @@ def test_the_result_is_that_of_nilearn_and_scikit_learn():
 
 def test_what_repeats_in_every_clip_does_not_count():
     (runs, labels), (others, _) = cohort(24, 0), cohort(6, 1)
-    repeated = 3 * torch.randn(10, PARCELS, 4)
+    repeated = 3 * torch.randn(10, LABELS, 4)
     plain, fixed, none = readout(), readout(), readout(subtract=None)
     plain.fit(runs, labels)
     fixed.fit([run + repeated for run in runs], labels)
@@ -137,7 +150,7 @@ def test_the_state_goes_through_a_file_and_other_settings_are_refused():
     np.testing.assert_array_equal(scores(again, others), scores(network, others))
     with pytest.raises(InputError, match="fitted with stage 1, but here it is 0"):
         readout(components=2, stage=0).load_state_dict(state)
-    with pytest.raises(InputError, match=r"\(10, 8, 4\), not \(9, 8, 4\)"):
+    with pytest.raises(InputError, match=r"\(10, 11, 4\), not \(9, 11, 4\)"):
         again(others[0][:, :9])
     with pytest.raises(InputError, match="one clip"):
         again(others[0][:1])
@@ -173,24 +186,44 @@ def test_runs_of_a_participant_are_one_row():
 def test_a_parcel_outside_a_brain_counts_as_still():
     (runs, labels), (others, _) = cohort(24, 0), cohort(6, 1)
     for run in [*runs[:3], *others[:2]]:
-        run[:, :, 5] = 0.3
+        run[:, :, 8] = 0.3
     for run in [*runs, *others]:
-        run[:, :, 7] = 0.3
+        run[:, :, 10] = 0.3
     network = readout()
     network.fit(runs, labels)
     assert np.isfinite(scores(network, others)).all()
 
 
+def test_what_labels_average_away_is_found():
+    """The two coupled sources have opposite signs in two labels of each parcel, so that its mean does not show them."""
+    runs, labels = cohort(40, 0)
+    others, truth = cohort(40, 1)
+
+    def opposed(run: torch.Tensor) -> torch.Tensor:
+        changed = run.clone()
+        changed[:, :, [0, 3]], changed[:, :, [1, 4]] = run[:, :, [0, 2]], -run[:, :, [0, 2]]
+        changed[:, :, 2] = 0.3
+        changed[:, :, 5] = 0.3
+        return changed
+
+    network = readout()
+    network.parcels = [[0, 1], [3, 4], *([k] for k in range(6, LABELS))]
+    network.fit([opposed(run) for run in runs], labels)
+    assert roc_auc_score(truth, scores(network, [opposed(run) for run in others])) > 0.95
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_features_are_read_from_images(stage: int):
-    network = readout(stage=stage)
+    torch.manual_seed(0)
+    network = CovarianceReadout(**SMALL, components=1, stage=stage)
     image = torch.randn(2, 1, 96, 96, 96, 10)
     features = network.features(image)
-    assert features.shape == (2, 10, PARCELS, 4 * 2 ** max(stage - 1, 0))
+    assert sorted(row for rows in network.parcels for row in rows) == list(range(features.shape[2]))
+    assert features.shape == (2, 10, len(network.shares), 4 * 2 ** max(stage - 1, 0))
     assert features.dtype == torch.float32
     if stage == 1:
-        runs, labels = cohort(12, 0)
-        network.fit(runs, labels)
+        runs = [features + torch.randn(features.shape) for _ in range(12)]
+        network.fit(runs, [0, 1] * 6)
         torch.testing.assert_close(network(image), network(features))
 
 

@@ -1,41 +1,50 @@
-"""Pooling of tokens over parcels, against a brute force over voxels and a token grid by hand."""
+"""Pooling of tokens over labels, against a brute force over voxels and a token grid by hand."""
 
 import numpy as np
 import pytest
 import torch
 
 from bundle.anatomy import grid
-from bundle.anatomy.atlas import load_atlas
+from bundle.anatomy.atlas import labels_on, load_atlas
 from bundle.anatomy.parcels import parcel_index, parcels_of
 from bundle.errors import InputError
-from bundle.heads.pooling import pool, token_shares
+from bundle.heads.pooling import label_members, pool, token_shares
 
 
-@pytest.mark.parametrize(("level", "edge"), [("group", 6), ("group", 24), ("label", 12)])
-def test_a_parcel_is_the_mean_over_its_voxels_of_the_tokens_that_they_lie_in(level: str, edge: int):
+@pytest.mark.parametrize("edge", [6, 12, 24])
+def test_a_label_is_the_mean_over_its_voxels_of_the_tokens_that_they_lie_in(edge: int):
     size = grid.SHAPE[0] // edge
     tokens = torch.randn(2, size, size, size, 3, 5)
-    found = pool(tokens, token_shares(None, level, edge, grid.SHAPE))
+    found = pool(tokens, token_shares(None, edge, grid.SHAPE))
     voxels = tokens.numpy().repeat(edge, 1).repeat(edge, 2).repeat(edge, 3)  # (2, X, Y, Z, 3, 5)
     atlas = load_atlas()
-    index = parcel_index(atlas, parcels_of(atlas, level))
+    index = parcel_index(atlas, parcels_of(atlas, "label"))
     present = np.unique(index[index > 0])
     assert found.shape == (2, 3, len(present), 5)
-    for position, number in list(enumerate(present))[:: 1 if level == "group" else 20]:
+    for position, number in list(enumerate(present))[::20]:
         expected = voxels[:, index == number].mean(1, dtype=np.float64)  # (2, 3, 5)
         np.testing.assert_allclose(found[:, :, position].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_shares_of_merged_tokens_are_sums_over_their_eight():
-    fine, coarse = (token_shares(None, "label", edge, grid.SHAPE) for edge in (6, 12))
+    fine, coarse = (token_shares(None, edge, grid.SHAPE) for edge in (6, 12))
     merged = fine.view(-1, 8, 2, 8, 2, 8, 2).sum((2, 4, 6)).flatten(1)
     torch.testing.assert_close(merged, coarse)
     torch.testing.assert_close(fine.sum(1), torch.ones(len(fine)))
 
 
-@pytest.mark.parametrize(
-    ("level", "size", "words"), [("lobe", (96, 96, 96), "level must be"), ("label", (24, 24, 24), "fill the grid")]
-)
-def test_unknown_levels_and_other_grids_are_refused(level: str, size: tuple, words: str):
-    with pytest.raises(InputError, match=words):
-        token_shares(None, level, 6, size)
+def test_members_of_a_group_are_the_rows_of_its_labels():
+    atlas = load_atlas()
+    shares = token_shares(None, 6, grid.SHAPE)
+    present = np.unique(labels_on(atlas, grid.AFFINE, grid.SHAPE))[1:]
+    assert len(present) == len(shares)
+    for numbers, rows in zip(parcels_of(atlas, "group").values(), label_members(None, "group"), strict=True):
+        assert present[rows].tolist() == [number for number in numbers if number in present]
+    assert label_members(None, "label") == [[row] for row in range(len(shares))]
+
+
+def test_unknown_levels_and_other_grids_are_refused():
+    with pytest.raises(InputError, match="level must be"):
+        label_members(None, "lobe")
+    with pytest.raises(InputError, match="fill the grid"):
+        token_shares(None, 6, (24, 24, 24))

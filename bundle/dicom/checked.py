@@ -127,7 +127,7 @@ def _compare_pixels(series: Series, layout: Layout, image: Any) -> None:
         expected = tiles[: source.mosaic or 1].sum(dtype=np.int64)
         written = raw[..., volume] if source.mosaic else raw[:, :, order[slot], volume]
         if written.sum(dtype=np.int64) != expected:
-            raise IncompleteError(f"has other pixels in volume {volume + 1} than dcm2niix wrote")
+            raise IncompleteError(f"has other pixels in volume {volume + 1} than dcm2niix has written")
 
 
 def _slice_order(layout: Layout, image: Any) -> NDArray[np.intp]:
@@ -138,7 +138,7 @@ def _slice_order(layout: Layout, image: Any) -> NDArray[np.intp]:
     along = centres @ to_lps @ layout.normal
     order = np.argsort(along)
     if np.abs(along[order] - layout.places).max() > EVEN * np.diff(layout.places).mean():
-        raise IncompleteError("has slices elsewhere than dcm2niix put them")
+        raise IncompleteError("has slices elsewhere by its headers than by dcm2niix")
     return order
 
 

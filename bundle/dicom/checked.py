@@ -19,6 +19,8 @@ from bundle.preparation.transforms import CLIP_FRAMES
 
 TR = 0.8  # seconds, to which configs/prepare.json brings runs
 TR_TOLERANCE = 0.01  # share by which dcm2niix's TR may differ from RepetitionTime (0018,0080)
+SAME_VOXEL = 0.1  # share of a voxel by which places may differ
+LPS = np.array([-1.0, -1.0, 1.0])  # from DICOM's world to NIfTI's RAS and back
 TIME_LIMIT = 600  # seconds for one series
 OPTIONS = ("-b", "y", "-ba", "y", "-z", "n", "-f", "run", "-i", "n", "-x", "n", "-l", "o", "-p", "y", "-d", "0")
 """A sidecar, no compression, all images as they are, in the stored type, Philips values in their absolute scale."""
@@ -41,6 +43,7 @@ def converted(series: Series, layout: Layout, work: Path, stopped: bool) -> tupl
     """
     image, sidecar = _run(series, layout, work)
     _compare_tr(layout, image, sidecar)
+    _compare_place(layout, image)
     _compare_pixels(series, layout, image)
     _look(layout, image)
     _refuse_short(layout, stopped)
@@ -103,13 +106,25 @@ def _compare_tr(layout: Layout, image: Any, sidecar: dict[str, Any]) -> None:
             )
 
 
+def _compare_place(layout: Layout, image: Any) -> None:
+    """The corners of the first slice must be corners of the NIfTI, and its rows and columns the axes X and Y."""
+    voxels = nib.affines.apply_affine(np.linalg.inv(image.affine), layout.corners * LPS)  # (3, 3)
+    columns, rows, slices, _ = layout.shape
+    far = np.abs(voxels[0] - np.array([columns - 1, rows - 1, slices - 1]))
+    sides = np.abs(voxels[1:] - voxels[0]) - [[columns - 1, 0, 0], [0, rows - 1, 0]]
+    if max(np.minimum(np.abs(voxels[0]), far).max(), np.abs(sides).max()) > SAME_VOXEL:
+        raise IncompleteError("lies elsewhere by its headers than by dcm2niix")
+
+
 def _compare_pixels(series: Series, layout: Layout, image: Any) -> None:
     """Compare the sum of a slice of each volume (of a mosaic, of all slices) with that of the file it came from.
 
-    Compressed pixels are not compared, and neither are images that dcm2niix had to scale by slice.
+    Compressed pixels are not compared.
     """
     raw = np.asanyarray(image.dataobj.get_unscaled())  # (X, Y, Z, T)
-    if raw.dtype.kind not in "iu" or not all(each.pixels for each in series.images):
+    if raw.dtype.kind not in "iu":
+        raise IncompleteError("is scaled by dcm2niix as its headers do not say")
+    if not all(each.pixels for each in series.images):
         return
     order = _slice_order(layout, image) if len(layout.places) else np.arange(1)
     columns, rows = layout.shape[:2]
@@ -132,10 +147,9 @@ def _compare_pixels(series: Series, layout: Layout, image: Any) -> None:
 
 def _slice_order(layout: Layout, image: Any) -> NDArray[np.intp]:
     """Which slice of the NIfTI lies at each place of the layout; (slices,)."""
-    to_lps = np.diag([-1.0, -1.0, 1.0])
     affine = image.affine
     centres = affine[:3, 3] + np.arange(layout.shape[2])[:, None] * affine[:3, 2]  # (slices, 3), RAS
-    along = centres @ to_lps @ layout.normal
+    along = (centres * LPS) @ layout.normal
     order = np.argsort(along)
     if np.abs(along[order] - layout.places).max() > EVEN * np.diff(layout.places).mean():
         raise IncompleteError("has slices elsewhere by its headers than by dcm2niix")

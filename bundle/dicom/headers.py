@@ -24,6 +24,7 @@ MR_CLASSES = {f"1.2.840.10008.5.1.4.1.1.4{end}" for end in ("", ".1", ".4")}
 DIRECTORY_CLASS = "1.2.840.10008.1.3.10"  # DICOMDIR, the contents of a disc
 
 _SIEMENS, _GE, _PHILIPS = "SIEMENS MR HEADER", "GEMS_PARM_01", "Philips Imaging DD 001"
+_PHILIPS_SCALE = "Philips MR Imaging DD 001"
 _PHASE = {"P", "PHASE", "PHASE MAP", "R", "REAL", "I", "IMAGINARY", "VELOCITY MAP", "B0", "B0 MAP"}
 _DIFFUSION = {"DIFFUSION", "ADC", "TRACEW", "FA", "TENSOR", "TENSOR_B0"}
 _PERFUSION = {"PERFUSION", "ASL", "RELCBF", "TTP", "CBF"}
@@ -68,6 +69,7 @@ class Image:
         planned: how many volumes the scanner was to take; 0 where the file does not say.
         pixels: where the pixels begin, in bytes from the file's start; 0 where they are compressed.
         dtype: NumPy's name of the stored pixels' type.
+        scale: slope and intercept of the stored values, and Philips' own slope, as far as it has them.
         three_d: a 3D acquisition, whose RepetitionTime is not that of a volume.
     """
 
@@ -88,6 +90,7 @@ class Image:
     planned: int = 0
     pixels: int = 0
     dtype: str = ""
+    scale: tuple[frozenset[float], ...] = ()
     three_d: bool = False
 
 
@@ -134,12 +137,7 @@ def read_image(path: Path) -> Image | None:
         for a DICOMDIR, which holds no image.
     """
     from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
 
-    damage = (
-        OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError,
-        MemoryError, NotImplementedError, struct.error, InvalidDicomError,
-    )  # fmt: skip
     image = Image(path, "", problem="has a damaged header")
     with _silent():
         try:
@@ -153,7 +151,7 @@ def read_image(path: Path) -> Image | None:
                 if image.kind != "BOLD":  # nothing else of it matters, and it may lack much
                     return replace(image, problem="")
                 return replace(image, **_content(data, groups, file))
-        except damage:  # what it says may hold the patient's name
+        except Exception:  # noqa: BLE001 (pydicom raises anything on damaged bytes, and quotes them)
             return image
 
 
@@ -195,7 +193,7 @@ def _content(data: Any, groups: list[Any], file: BinaryIO) -> dict[str, Any]:
         raise ValueError("no one size, spacing and repetition time, or not 16 bits")
     burned = "has text burned into its pixels" if data.get("BurnedInAnnotation") == "YES" else ""
     return {
-        "problem": burned if whole else "is truncated",
+        "problem": burned if whole else "is truncated or damaged",
         "tr": max(times, default=0.0) / 1000,
         "echo_times": frozenset(_numbers(data, groups, "MREchoSequence", "EffectiveEchoTime"))
         or frozenset(_values(data, "EchoTime")),
@@ -206,6 +204,13 @@ def _content(data: Any, groups: list[Any], file: BinaryIO) -> dict[str, Any]:
         "planned": _planned(data),
         "pixels": start,
         "dtype": f"{'<' if data.original_encoding[1] else '>'}{'i' if data.get('PixelRepresentation') else 'u'}2",
+        "scale": (
+            *(
+                frozenset(_numbers(data, groups, "PixelValueTransformationSequence", name))
+                for name in ("RescaleSlope", "RescaleIntercept")
+            ),
+            frozenset(_private(data, 0x2005, _PHILIPS_SCALE, 0x0E)),
+        ),
         "three_d": data.get("MRAcquisitionType") == "3D",
     }
 
@@ -372,7 +377,7 @@ def _pixels(data: Any, file: BinaryIO, count: int) -> tuple[int, bool]:
     (length,) = struct.unpack(order + "I", head[-4:])
     start, end = file.tell(), os.fstat(file.fileno()).st_size
     if length != 0xFFFFFFFF:
-        return start, 2 * count <= length <= end - start
+        return start, 2 * count == length <= end - start
     while (item := file.read(8)) and len(item) == 8:  # fragments of compressed pixels, up to their end mark
         group, element, length = struct.unpack("<HHI", item)
         if (group, element) == (0xFFFE, 0xE0DD):

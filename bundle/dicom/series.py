@@ -3,6 +3,7 @@
 Clocks are not believed: the order is that of temporal positions and of instance numbers, the TR is RepetitionTime.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from bundle.dicom.headers import Image, short_hash
 from bundle.preparation.bold import TR_RANGE
 
 SAME_PLACE_MM = 0.05  # rounding of ImagePositionPatient
+VOXEL_MM = (0.3, 15.0)  # edges of pixels that an EPI of a head may have
 EVEN = 0.1  # share of the slice distance by which distances may differ
 SAME_DIRECTION = 1e-3  # of direction cosines
 
@@ -48,6 +50,8 @@ class Layout:
             mosaic (volumes, 1, 2).
         places: (slices,) mm along the slices' normal, ascending; empty for a mosaic.
         normal: (3,) of the slices, DICOM's LPS world.
+        corners: (3, 3) mm, LPS, of the first volume's first slice: the first pixel, the last of its row, the last of
+            its column.
     """
 
     shape: tuple[int, int, int, int]
@@ -57,6 +61,7 @@ class Layout:
     frames: NDArray[np.intp]
     places: NDArray[np.float64]
     normal: NDArray[np.float64]
+    corners: NDArray[np.float64]
 
 
 class IncompleteError(Exception):
@@ -126,15 +131,29 @@ def layout_of(series: Series) -> Layout:
         raise IncompleteError(
             f"gives a RepetitionTime (0018,0080) of {tr:g} s, not of {TR_RANGE[0]} to {TR_RANGE[1]} s"
         )
+    (rows, columns), (down, across) = images[0].size, images[0].pixel_mm
+    if not VOXEL_MM[0] <= min(down, across) <= max(down, across) <= VOXEL_MM[1]:
+        raise IncompleteError(f"has pixels of {across:g} x {down:g} mm, not of {VOXEL_MM[0]} to {VOXEL_MM[1]} mm")
     if any(image.mosaic for image in images):
         slices, order = images[0].mosaic, np.stack([np.arange(len(images)), np.zeros(len(images), int)], 1)[:, None]
         places, normal = np.empty(0), np.empty(0)
     else:
         order, places, normal = _volumes(images)
         slices = len(places)
-    (rows, columns), (down, across) = images[0].size, images[0].pixel_mm
     planned = max(image.planned for image in images)
-    return Layout((columns, rows, slices, len(order)), (across, down), tr, planned, order, places, normal)
+    corners = _corners(images, order[0, 0])
+    return Layout((columns, rows, slices, len(order)), (across, down), tr, planned, order, places, normal, corners)
+
+
+def _corners(images: Sequence[Image], first: NDArray) -> NDArray:
+    """Three corners of a slice, (3, 3) LPS; a mosaic's header gives the corner that an image of its size would have."""
+    image = images[first[0]]
+    frame = image.frames[first[1]]
+    along_row, along_column = np.reshape(frame.orientation, (2, 3))
+    (rows, columns), (down, across) = image.size, image.pixel_mm
+    tiles = math.ceil(math.sqrt(image.mosaic)) or 1
+    corner = np.array(frame.origin) + (tiles - 1) / 2 * (columns * across * along_row + rows * down * along_column)
+    return np.stack([corner, corner + (columns - 1) * across * along_row, corner + (rows - 1) * down * along_column])
 
 
 def _refuse_mixed(images: Sequence[Image]) -> None:
@@ -145,11 +164,14 @@ def _refuse_mixed(images: Sequence[Image]) -> None:
         raise IncompleteError("mixes two patients or two studies")
     if len({image.echo_times for image in images} | {frozenset([t]) for i in images for t in i.echo_times}) > 1:
         raise IncompleteError("holds several echoes; combine them first")
+    if any(len(values) > 1 for image in images for values in image.scale):
+        raise IncompleteError("mixes scales of values in one file")
     if any(image.three_d for image in images):
         raise IncompleteError("is a 3D acquisition, whose RepetitionTime is not the time between volumes")
     for what, values in (
         ("repetition times", {image.tr for image in images}),
         ("image sizes", {(image.size, image.mosaic, len(image.frames), image.dtype) for image in images}),
+        ("scales of values", {image.scale for image in images}),
         ("pixel spacings", {image.pixel_mm for image in images}),
     ):
         if len(values) > 1:

@@ -131,6 +131,17 @@ def no_tr(number: int, item: Dataset) -> None:
     del item.RepetitionTime
 
 
+def no_slope(number: int, item: Dataset) -> None:
+    """dcm2niix then scales this slice in another way than the others, and exits with 0."""
+    item.RescaleSlope = item.get("RescaleSlope", 2.5)
+    if number == 22:
+        del item.RescaleSlope
+
+
+def large_pixels(number: int, item: Dataset) -> None:
+    item.PixelSpacing = [65535, 65535]
+
+
 def three_d(number: int, item: Dataset) -> None:
     item.MRAcquisitionType = "3D"
 
@@ -159,6 +170,8 @@ def shuffled_within_volumes(number: int, item: Dataset) -> None:
         (sheared, True, "shifted against each other"),
         (second_echo, True, "several echoes"),
         (no_tr, True, "RepetitionTime (0018,0080) of 0 s"),
+        (no_slope, True, "mixes 2 scales of values"),
+        (large_pixels, True, "pixels of 65535 x 65535 mm"),
         (three_d, True, "3D acquisition"),
         (shuffled, False, "an order that shows no volumes"),
         (shuffled_within_volumes, False, "elsewhere by its headers than by dcm2niix"),

@@ -208,7 +208,25 @@ def _one_uid(files: list[Path]) -> None:
         )
 
 
-def _no_text(files: list[Path]) -> None:
+def _no_manufacturer(files: list[Path]) -> None:
+    """dcm2niix then places a mosaic by the corner of the mosaic, hundreds of mm away, and exits with 0."""
+    for file in files:
+        rewritten(file, lambda data: delattr(data, "Manufacturer"))
+
+
+def _fewer_rows(files: list[Path]) -> None:
+    for file in files:
+        rewritten(file, lambda data: setattr(data, "Rows", 192))
+
+
+def _odd_length(files: list[Path]) -> None:
+    """pydicom raises an error of its own kind, which quotes bytes of the header."""
+    content = bytearray(files[2].read_bytes())
+    content[content.index(b"\x28\x00\x10\x00US") + 6] = 3
+    files[2].write_bytes(content)
+
+
+def _burned_in_text(files: list[Path]) -> None:
     for file in files:
         rewritten(file, lambda data: setattr(data, "BurnedInAnnotation", "YES"))
 
@@ -230,7 +248,10 @@ def _no_text(files: list[Path]) -> None:
         ([MOSAIC], _another_patient, "mixes two patients or two studies"),
         ([MOSAIC], _another_tr, "mixes 2 repetition times"),
         ([MOSAIC, REVERSED], _one_uid, "mixes"),
-        ([MOSAIC], _no_text, "text burned into its pixels"),
+        ([MULTIBAND], _no_manufacturer, "lies elsewhere by its headers than by dcm2niix"),
+        ([MOSAIC], _fewer_rows, "truncated or damaged"),
+        ([MOSAIC], _odd_length, "(instance 3) that has a damaged header"),
+        ([MOSAIC], _burned_in_text, "text burned into its pixels"),
     ],
 )
 def test_broken_series_are_refused_in_one_sentence(

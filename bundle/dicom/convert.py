@@ -123,7 +123,7 @@ def _written(series: Iterable[Series], unreadable: int, out: Path, stopped: bool
             folder.mkdir(parents=True)
             rows = [_attempt(each, folder, stopped) for each in series]
             if unreadable:
-                lost = f"{unreadable} files cannot be read as DICOM, or name no series"
+                lost = f"files that cannot be read as DICOM or name no series: {unreadable}"
                 rows.append({"series": "", "kind": "unknown", "status": "refused", "reason": lost})
             with written_whole(folder / "summary.tsv") as table:
                 pd.DataFrame(rows, columns=["series", "kind", "status", "reason", "volumes", "tr", "file"]).to_csv(
@@ -131,7 +131,7 @@ def _written(series: Iterable[Series], unreadable: int, out: Path, stopped: bool
                 )
             folder.replace(out)
     except WriteError as error:
-        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else "no place"
+        reason = getattr(error.__cause__, "strerror", None) or "unknown error"
         problem = f"the output folder cannot be written ({reason}); free space or choose another folder"  # no path
     else:
         return rows
@@ -199,10 +199,13 @@ def kept_keys(sidecar: dict[str, Any], layout: Layout) -> dict[str, Any]:
 def _refuse(rows: list[dict[str, Any]]) -> None:
     """Raise the sentence that ends a run in which not all was well."""
     done = sum(row["status"] == "converted" for row in rows)
-    refused = [f"series {row['series'] or 'unknown'} {row['reason']}" for row in rows if row["status"] == "refused"]
-    if refused:
+    refused = [
+        f"series {row['series']} {row['reason']}" for row in rows if row["status"] == "refused" and row["series"]
+    ]
+    lost = [row["reason"] for row in rows if not row["series"]]
+    if refused or lost:
         counts = f"{len(refused)} of {done + len(refused)} BOLD series refused"
-        raise InputError(f"{counts} ({'; '.join(refused)}); summary.tsv lists all")
+        raise InputError(f"{counts} ({'; '.join(refused + lost)}); summary.tsv lists all")
     if not done:
         kinds = Counter(row["kind"] for row in rows)
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())

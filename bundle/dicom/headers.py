@@ -188,17 +188,17 @@ def _content(data: Any, groups: list[Any], file: BinaryIO) -> dict[str, Any]:
     mosaic = _mosaic(data)
     across = math.ceil(math.sqrt(mosaic)) or 1  # tiles in a row of the mosaic
     spacings = set(_each(groups, "PixelMeasuresSequence", "PixelSpacing")) or {_values(data, "PixelSpacing")}
+    echoes = _numbers(data, groups, "MREchoSequence", "EffectiveEchoTime") or _values(data, "EchoTime")
     times = _numbers(data, groups, "MRTimingAndRelatedParametersSequence", "RepetitionTime")
     if min(rows, columns, count) < 1 or len(spacings) != 1 or len(times) > 1 or int(data.BitsAllocated) != 16:
         raise ValueError("no one size, spacing and repetition time, or not 16 bits")
     burned = "has text burned into its pixels" if data.get("BurnedInAnnotation") == "YES" else ""
     return {
         "problem": burned if whole else "is truncated or damaged",
-        "tr": max(times, default=0.0) / 1000,
-        "echo_times": frozenset(_numbers(data, groups, "MREchoSequence", "EffectiveEchoTime"))
-        or frozenset(_values(data, "EchoTime")),
+        "tr": round(max(times, default=0.0) / 1000, 5),  # some scanners write rounding errors
+        "echo_times": frozenset(round(time, 2) for time in echoes),
         "size": (rows // across, columns // across),
-        "pixel_mm": spacings.pop(),
+        "pixel_mm": tuple(round(size, 4) for size in spacings.pop()),
         "frames": _frames(data, groups),
         "mosaic": mosaic,
         "planned": _planned(data),

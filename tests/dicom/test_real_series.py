@@ -243,7 +243,7 @@ def _burned_in_text(files: list[Path]) -> None:
         ([ENHANCED], _double, "holds the instance 3 2 times"),
         ([MOSAIC], _truncate, "(instance 4) that is truncated"),
         ([ENHANCED], _truncate, "(instance 4) that is truncated"),
-        ([MOSAIC], _cut_in_the_header, "1 files cannot be read as DICOM, or name no series"),
+        ([MOSAIC], _cut_in_the_header, "files that cannot be read as DICOM or name no series: 1"),
         ([MOSAIC], _phase, "mixes BOLD with other images (phase)"),
         ([MOSAIC], _another_patient, "mixes two patients or two studies"),
         ([MOSAIC], _another_tr, "mixes 2 repetition times"),

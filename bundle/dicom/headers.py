@@ -190,8 +190,10 @@ def _content(data: Any, groups: list[Any], file: BinaryIO) -> dict[str, Any]:
     spacings = set(_each(groups, "PixelMeasuresSequence", "PixelSpacing")) or {_values(data, "PixelSpacing")}
     echoes = _numbers(data, groups, "MREchoSequence", "EffectiveEchoTime") or _values(data, "EchoTime")
     times = _numbers(data, groups, "MRTimingAndRelatedParametersSequence", "RepetitionTime")
-    if min(rows, columns, count) < 1 or len(spacings) != 1 or len(times) > 1 or int(data.BitsAllocated) != 16:
-        raise ValueError("no one size, spacing and repetition time, or not 16 bits")
+    if [len(spacing) for spacing in spacings] != [2] or len(times) > 1:
+        raise ValueError("no one spacing and repetition time")
+    if min(rows, columns, count) < 1 or int(data.BitsAllocated) != 16:
+        raise ValueError("no pixels of 16 bits")
     burned = "has text burned into its pixels" if data.get("BurnedInAnnotation") == "YES" else ""
     return {
         "problem": burned if whole else "is truncated or damaged",

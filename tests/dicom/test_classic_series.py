@@ -142,6 +142,10 @@ def large_pixels(number: int, item: Dataset) -> None:
     item.PixelSpacing = [65535, 65535]
 
 
+def no_spacing(number: int, item: Dataset) -> None:
+    item.PixelSpacing = None
+
+
 def three_d(number: int, item: Dataset) -> None:
     item.MRAcquisitionType = "3D"
 
@@ -171,6 +175,7 @@ def shuffled_within_volumes(number: int, item: Dataset) -> None:
         (second_echo, True, "several echoes"),
         (no_tr, True, "RepetitionTime (0018,0080) of 0 s"),
         (no_slope, True, "mixes 2 scales of values"),
+        (no_spacing, True, "has a damaged header"),
         (large_pixels, True, "pixels of 65535 x 65535 mm"),
         (three_d, True, "3D acquisition"),
         (shuffled, False, "an order that shows no volumes"),

@@ -11,6 +11,7 @@ import fire
 from bundle.errors import InputError
 from scripts.commands import (
     convert,
+    dicom,
     export,
     overlay,
     paint,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "synthesize": synthesize,
     "paint": paint,
+    "dicom": dicom,
     "preflight": preflight,
     "prepare": prepare,
     "export": export,

@@ -13,6 +13,7 @@ from bundle.data.splits import count_table, make_splits, save_all_splits, save_s
 from bundle.deploy.export import export_run
 from bundle.deploy.published import convert_file
 from bundle.deploy.release import release as release_checkpoint
+from bundle.dicom.convert import convert_folder
 from bundle.errors import unwrapped
 from bundle.evaluation.figures import mask_overlay
 from bundle.experiments import painted
@@ -93,6 +94,22 @@ def paint(
     painted.paint(
         series, folder, participants, atlas, table, column, case, threshold, where, tr, voxel_mm, frames, seed
     )  # fmt: skip
+
+
+def dicom(source: str, out: str, salt: str | None = None, stopped: bool = False) -> None:
+    """Convert the BOLD series of a DICOM folder to BIDS-named NIfTI in their own space, with nothing personal in them.
+
+    Field maps, diffusion, localisers and the like are sorted out. A BOLD series that is damaged or not complete never
+    stops the others: it is named at the end and in OUT/summary.tsv, and the exit status is then not 0.
+
+    Args:
+        source: folder with DICOM files of any number of series, also in folders within it.
+        out: new folder.
+        salt: file of your own whose content goes into the hashes that become names: only who has it can find out which
+            UID a name is of.
+        stopped: accept a series that holds fewer volumes than the scanner was to take, from the first without a gap.
+    """
+    convert_folder(source, out, salt, stopped)
 
 
 def prepare(

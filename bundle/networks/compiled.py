@@ -49,14 +49,20 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def in_graph(tensor: Tensor) -> bool:
+    """Whether a network is being traced, exported or compiled, or runs on fake tensors, which have no memory.
+
+    The graph would not see what runs outside of PyTorch.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(tensor, FakeTensor)
+
+
 def fits(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> bool:
     """Whether the walks here can be used: installed, float32 on a CPU, STATES hidden values, matching shapes.
 
-    While a network is traced, exported or compiled they cannot, as the graph would not see them; nor on fake tensors,
-    which have no memory.
+    Nor can they where `in_graph` is true.
     """
-    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(u, FakeTensor)
-    if in_graph or library() is None or u.numel() == 0:
+    if in_graph(u) or library() is None or u.numel() == 0:
         return False
     b, length, d = u.shape
     weights = (b, length, STATES)

@@ -2,15 +2,18 @@
 
 import logging
 import math
+import os
+import subprocess
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from bundle.errors import InputError
 from bundle.networks import compiled
 from bundle.networks.scan import selective_scan
 
@@ -20,7 +23,26 @@ STATES = 16  # hidden values per channel
 KERNEL = 4  # tokens that the causal convolution sees
 MIN_STEP, MAX_STEP = 1e-3, 1e-1  # range of the step sizes at the start of training
 
+CHOICE = "BRAIN_FMRI_CUDA_SCAN"  # environment variable: one of ON_CUDA
+UNUSABLE = (ImportError, OSError, RuntimeError, subprocess.SubprocessError)  # what a machine lacks, in all its forms
+
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor] | None], Tensor]
+
+
+class Kernels(NamedTuple):
+    """What runs between the matrix products of a Mamba layer.
+
+    Attributes:
+        convolve: (x, weight, bias) to the SiLU of `_CausalConv`.
+        scan: (u, step, A, B, C, D, gate, saved_states) to `selective_scan` with the softplus of the steps, times the
+            SiLU of the gate.
+        plain: the scan is `selective_scan`. Others cannot use `saved_states`: it stays empty, and checkpointing runs
+            them again.
+    """
+
+    convolve: Callable[..., Tensor]
+    scan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor] | None], Tensor]
+    plain: bool
 
 
 class Mamba(nn.Module):
@@ -49,11 +71,11 @@ class Mamba(nn.Module):
     def forward(self, tokens: Tensor, saved_states: list[Tensor] | None = None) -> Tensor:
         """Map (b, l, c) to (b, l, c); `saved_states` as in `selective_scan`."""
         x, gate = self.in_proj(tokens).chunk(2, dim=-1)  # each (b, l, d), d = 2 c
-        x = functional.silu(_CausalConv.apply(x, self.conv1d.weight, self.conv1d.bias))
+        kernels = kernels_for(x.device.type)
+        x = kernels.convolve(x, self.conv1d.weight, self.conv1d.bias)
         step, b, c = self.x_proj(x).split([self.step_rank, STATES, STATES], dim=-1)
-        step = functional.softplus(self.dt_proj(step))
-        y = scan_for(x.device.type)(x, step, -torch.exp(self.A_log), b, c, self.D, saved_states)
-        return self.out_proj(y * functional.silu(gate))
+        step = self.dt_proj(step)
+        return self.out_proj(kernels.scan(x, step, -torch.exp(self.A_log), b, c, self.D, gate, saved_states))
 
 
 class _CausalConv(torch.autograd.Function):
@@ -89,35 +111,93 @@ class _CausalConv(torch.autograd.Function):
         return grad_x, grad_taps.t().unsqueeze(1), grad_y.sum((0, 1))
 
 
-@cache
-def scan_for(device: str) -> Scan:
-    """Choose the selective scan for a type of device ("cpu", "cuda", ...), once, and say which one runs.
+def around(scan: Scan) -> Kernels:
+    """PyTorch's convolution, softplus and gate around a selective scan."""
 
-    mamba-ssm's fused kernel is used on CUDA where the package can be imported, else `selective_scan`, which on a CPU
-    walks in C where that is installed (`bundle.networks.compiled`).
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.silu(_CausalConv.apply(x, weight, bias))
+
+    def gated(
+        u: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, gate: Tensor, saved: list[Tensor] | None
+    ) -> Tensor:
+        return scan(u, functional.softplus(step), a, b, c, d, saved) * functional.silu(gate)
+
+    return Kernels(convolve, gated, scan is selective_scan)
+
+
+def _pytorch() -> Kernels:
+    return around(selective_scan)
+
+
+def _triton() -> Kernels:
+    """Our kernels; a network that is traced, exported or compiled runs in PyTorch, as its graph would not see them."""
+    from bundle.networks import triton_scan
+
+    triton_scan.try_out(torch.device("cuda"))
+    plain = _pytorch()
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        way = plain.convolve if compiled.in_graph(x) else triton_scan.convolve
+        return way(x, weight, bias)
+
+    def gated(
+        u: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, gate: Tensor, saved: list[Tensor] | None
+    ) -> Tensor:
+        if compiled.in_graph(u):
+            return plain.scan(u, step, a, b, c, d, gate, saved)
+        return triton_scan.gated_scan(u, step, a, b, c, d, gate)
+
+    return Kernels(convolve, gated, plain=False)
+
+
+def _mamba_ssm() -> Kernels:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def fused_scan(
+        u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, _: list[Tensor] | None = None
+    ) -> Tensor:
+        """`selective_scan` through mamba-ssm's kernel, which wants time last, (b, d, l) and (b, n, l)."""
+        u, delta, b, c = (tensor.float().transpose(1, 2).contiguous() for tensor in (u, delta, b, c))
+        return selective_scan_fn(u, delta, a.float(), b, c, d.float()).transpose(1, 2)
+
+    return around(fused_scan)
+
+
+ON_CUDA: dict[str, Callable[[], Kernels]] = {"triton": _triton, "mamba-ssm": _mamba_ssm, "pytorch": _pytorch}
+
+
+@cache
+def kernels_for(device: str) -> Kernels:
+    """Choose the kernels for a type of device ("cpu", "cuda", ...), once, and say which run and why.
+
+    On CUDA that is the first of ON_CUDA which works here, or the one that the environment variable CHOICE names. Else
+    it is `selective_scan`, which on a CPU walks in C where that is installed (`bundle.networks.compiled`).
+
+    Raises:
+        InputError: CHOICE names none of them, or one that does not work here.
     """
     if device != "cuda":
         way = "compiled C" if device == "cpu" and compiled.library() is not None else "plain PyTorch"
         logger.info("selective scan: %s on %s", way, device)
-        return selective_scan
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except ModuleNotFoundError as error:
-        logger.info("selective scan: plain PyTorch on cuda, as %s is not installed", error.name)
-        return selective_scan
-    except (ImportError, OSError) as error:  # built for another PyTorch or CUDA
-        logger.warning("selective scan: plain PyTorch on cuda, as mamba-ssm cannot be loaded: %s", error)
-        return selective_scan
-    logger.info("selective scan: fused kernel of mamba-ssm on cuda")
-
-    def fused_scan(
-        u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, saved_states: list[Tensor] | None = None
-    ) -> Tensor:
-        """`selective_scan` through the fused kernel, which wants time last, (b, d, l) and (b, n, l).
-
-        The kernel cannot use `saved_states`: it stays empty, and checkpointing runs the kernel again.
-        """
-        u, delta, b, c = (tensor.float().transpose(1, 2).contiguous() for tensor in (u, delta, b, c))
-        return selective_scan_fn(u, delta, a.float(), b, c, d.float()).transpose(1, 2)
-
-    return fused_scan
+        return _pytorch()
+    chosen = os.environ.get(CHOICE)
+    if chosen is not None:
+        if chosen not in ON_CUDA:
+            raise InputError(f"{CHOICE} must be one of {', '.join(ON_CUDA)}, not {chosen!r}")
+        try:
+            kernels = ON_CUDA[chosen]()
+        except UNUSABLE as error:
+            raise InputError(f"{CHOICE} is {chosen}, which does not work here: {error}; unset it") from error
+        logger.info("selective scan: %s on cuda, as %s says", chosen, CHOICE)
+        return kernels
+    reasons, level = "", logging.INFO
+    for name, make in ON_CUDA.items():
+        try:
+            kernels = make()
+        except UNUSABLE as error:
+            reasons += f"{', and' if reasons else ', as'} {name} does not work here: {error}"
+            level = level if isinstance(error, ModuleNotFoundError) else logging.WARNING
+        else:
+            break
+    logger.log(level, "selective scan: %s on cuda%s", name, reasons)
+    return kernels

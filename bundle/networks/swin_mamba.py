@@ -16,8 +16,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from bundle.errors import InputError
-from bundle.networks.mamba import STATES, Mamba, scan_for
-from bundle.networks.scan import rows_per_tile, selective_scan
+from bundle.networks.mamba import STATES, Mamba, kernels_for
+from bundle.networks.scan import rows_per_tile
 
 ORIENTATIONS = ("RAS", "LAS")
 
@@ -147,8 +147,7 @@ class WindowBlock(nn.Module):
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def _tile(self, windows: Tensor, real: Tensor | None) -> Tensor:
-        plain = scan_for(windows.device.type) is selective_scan
-        if torch.is_grad_enabled() and (plain or self.checkpointing):
+        if torch.is_grad_enabled() and (kernels_for(windows.device.type).plain or self.checkpointing):
             saved_states: list[Tensor] | None = None if self.checkpointing else []
             return checkpoint(self._mix, windows, real, saved_states, use_reentrant=False, preserve_rng_state=False)
         return self._mix(windows, real)

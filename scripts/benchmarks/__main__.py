@@ -1,4 +1,4 @@
-"""`python -m scripts.benchmarks [table|gpu|scaling|memory|background|floor|report] [--quick]`; table is the default."""
+"""`python -m scripts.benchmarks [SECTION] [--quick]`: table (the default), gpu, scaling, memory, ... or report."""
 
 import logging
 import sys
@@ -9,6 +9,7 @@ from bundle.errors import InputError
 from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
 from scripts.benchmarks.gpu import gpu
+from scripts.benchmarks.kernels import kernels
 from scripts.benchmarks.report import report
 from scripts.benchmarks.scaling import memory, scaling
 from scripts.benchmarks.table import table
@@ -27,6 +28,7 @@ def main() -> None:
         "memory": memory,
         "background": background,
         "floor": floor,
+        "kernels": kernels,
         "report": report,
     }
     # the table prints each line as soon as it is measured, the others all at the end

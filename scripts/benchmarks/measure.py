@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 from bundle.networks import compiled, mamba, scan, swin_mamba
+from bundle.networks.mamba import Kernels
 from bundle.networks.scan import selective_scan_loop
 
 GIB = 2**30
@@ -89,25 +90,27 @@ def _peak(device: str) -> int:
 
 
 @contextmanager
+def kernels_with(chosen: Kernels) -> Iterator[None]:
+    """Within, networks run the given kernels, and recompute in their backward pass what goes with these."""
+    with (
+        mock.patch.object(mamba, "kernels_for", return_value=chosen),
+        mock.patch.object(swin_mamba, "kernels_for", return_value=chosen),
+    ):
+        yield
+
+
+@contextmanager
 def scan_with(chosen: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Within, networks run the given selective scan (u, delta, A, B, C, D, kept).
 
     With the published loop a block takes all its windows at once, as published; else as many as the cache holds.
     """
 
-    # blocks recompute all but the scan if it is `selective_scan`, else they keep all that autograd wants
-    def choose(_: str) -> Callable[..., torch.Tensor]:
-        return chosen
-
     def all_rows(*_: object) -> int:
         return sys.maxsize
 
     rows = all_rows if chosen is published_loop else swin_mamba.rows_per_tile
-    with (
-        mock.patch.object(mamba, "scan_for", choose),
-        mock.patch.object(swin_mamba, "scan_for", choose),
-        mock.patch.object(swin_mamba, "rows_per_tile", rows),
-    ):
+    with kernels_with(mamba.around(chosen)), mock.patch.object(swin_mamba, "rows_per_tile", rows):
         yield
 
 

@@ -8,6 +8,7 @@ from bundle.errors import InputError
 from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
 from scripts.benchmarks.gpu import gpu
+from scripts.benchmarks.kernels import kernels
 from scripts.benchmarks.scaling import memory, scaling
 from scripts.benchmarks.table import table
 
@@ -18,6 +19,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "scaling": scaling,
     "floor": floor,
     "gpu": gpu,
+    "kernels": kernels,
 }
 
 
@@ -28,7 +30,8 @@ def report(
     """Measure anew and replace sections of the page. At full size this takes about half an hour on two CPU cores.
 
     Args:
-        sections: one or several of table, memory, background, scaling, floor and, where there is a GPU, gpu.
+        sections: one or several of table, memory, background, scaling, floor; kernels where triton is installed; gpu
+            where there is one.
         page: Markdown with `<!-- benchmarks NAME -->` ... `<!-- end -->` around each section.
 
     Raises:

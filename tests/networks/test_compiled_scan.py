@@ -235,11 +235,11 @@ def test_a_kept_result_is_given_back_with_the_same_gradients():
 
 @pytest.mark.usefixtures("library")
 def test_it_is_announced_once(caplog):
-    mamba.scan_for.cache_clear()
+    mamba.kernels_for.cache_clear()
     with caplog.at_level(logging.INFO, logger=mamba.__name__):
         for _ in range(2):
-            mamba.scan_for("cpu")
-    mamba.scan_for.cache_clear()
+            mamba.kernels_for("cpu")
+    mamba.kernels_for.cache_clear()
     assert caplog.messages == ["selective scan: compiled C on cpu"]
 
 

@@ -1,7 +1,7 @@
 """The Mamba layer: order of tokens, initial values, and which selective scan runs.
 
-The numbers themselves are compared with the published ones in test_parity.py. Not covered: the real fused
-kernel, which needs CUDA; a stand-in with its axes and name is used.
+The numbers themselves are compared with the published ones in test_parity.py, our kernels with the loop in
+test_triton_scan.py. Not covered: mamba-ssm's kernel, which needs CUDA; a stand-in with its axes and name is used.
 """
 
 import logging
@@ -12,19 +12,44 @@ import pytest
 import torch
 from torch.nn import functional
 
+from bundle import networks
+from bundle.errors import InputError
 from bundle.networks import mamba
-from bundle.networks.mamba import KERNEL, Mamba, scan_for
+from bundle.networks.mamba import CHOICE, KERNEL, Mamba, around, kernels_for
 from bundle.networks.scan import selective_scan, selective_scan_loop
 
 FUSED = "mamba_ssm.ops.selective_scan_interface"
 
 
 @pytest.fixture(autouse=True)
-def fresh_choice():
-    """Forget which scan was chosen, so that every test sees the choice being made."""
-    scan_for.cache_clear()
+def fresh_choice(monkeypatch):
+    """Forget which kernels were chosen, so that every test sees the choice being made."""
+    monkeypatch.delenv(CHOICE, raising=False)
+    kernels_for.cache_clear()
     yield
-    scan_for.cache_clear()
+    kernels_for.cache_clear()
+
+
+@pytest.fixture
+def no_triton(monkeypatch):
+    """As if triton were not installed."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "bundle.networks.triton_scan", raising=False)
+    monkeypatch.delattr(networks, "triton_scan", raising=False)
+
+
+@pytest.fixture
+def mamba_ssm(monkeypatch):
+    """A stand-in with the signature and axes of mamba-ssm: u, delta (b, d, l), B, C (b, n, l)."""
+
+    def selective_scan_fn(u, delta, a, b, c, d):
+        assert all(tensor.is_contiguous() for tensor in (u, delta, b, c))
+        u, delta, b, c = (tensor.transpose(1, 2) for tensor in (u, delta, b, c))
+        return selective_scan_loop(u, delta, a, b, c, d).transpose(1, 2)
+
+    for name in ("mamba_ssm", "mamba_ssm.ops", FUSED):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules[FUSED].selective_scan_fn = selective_scan_fn
 
 
 def test_a_token_sees_itself_and_those_before_it():
@@ -102,32 +127,57 @@ def test_the_plain_scan_is_announced_once(caplog):
     assert [record.message for record in caplog.records] == ["selective scan: plain PyTorch on cpu"]
 
 
-def test_the_cpu_never_tries_the_fused_kernel(monkeypatch):
-    monkeypatch.setitem(sys.modules, FUSED, types.ModuleType(FUSED))  # importing from it would fail
-    assert scan_for("cpu") is selective_scan
+def test_the_cpu_never_tries_the_kernels_of_cuda(monkeypatch):
+    monkeypatch.setattr(mamba, "ON_CUDA", {})
+    monkeypatch.setenv(CHOICE, "mamba-ssm")
+    assert kernels_for("cpu").plain
 
 
-def test_the_fused_kernel_is_used_on_cuda_and_agrees(monkeypatch, caplog):
-    """The stand-in has the signature and axes of mamba-ssm: u, delta (b, d, l), B, C (b, n, l)."""
+def test_triton_comes_first_on_cuda(monkeypatch, caplog, mamba_ssm):
+    ours = around(selective_scan_loop)
+    monkeypatch.setitem(mamba.ON_CUDA, "triton", lambda: ours)
+    with caplog.at_level(logging.INFO, logger=mamba.__name__):
+        assert [kernels_for("cuda"), kernels_for("cuda")] == [ours, ours]
+    assert caplog.messages == ["selective scan: triton on cuda"]
+    assert list(mamba.ON_CUDA) == ["triton", "mamba-ssm", "pytorch"]
 
-    def selective_scan_fn(u, delta, a, b, c, d):
-        assert all(tensor.is_contiguous() for tensor in (u, delta, b, c))
-        u, delta, b, c = (tensor.transpose(1, 2) for tensor in (u, delta, b, c))
-        return selective_scan_loop(u, delta, a, b, c, d).transpose(1, 2)
 
-    for name in ("mamba_ssm", "mamba_ssm.ops", FUSED):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules[FUSED].selective_scan_fn = selective_scan_fn
-    shapes = [(2, 7, 6), (2, 7, 6), (6, 3), (2, 7, 3), (2, 7, 3), (6,)]
+def test_mamba_ssm_is_used_where_there_is_no_triton_and_agrees(caplog, no_triton, mamba_ssm):
+    shapes = [(2, 7, 6), (2, 7, 6), (6, 3), (2, 7, 3), (2, 7, 3), (6,), (2, 7, 6)]
     tensors = [torch.rand(shape) for shape in shapes]
     with caplog.at_level(logging.INFO, logger=mamba.__name__):
-        fused = scan_for("cuda")
-    assert fused is not selective_scan
-    assert caplog.messages == ["selective scan: fused kernel of mamba-ssm on cuda"]
-    torch.testing.assert_close(fused(*tensors), selective_scan(*tensors))
+        kernels = kernels_for("cuda")
+    assert not kernels.plain
+    [message] = caplog.messages
+    assert message.startswith("selective scan: mamba-ssm on cuda, as triton does not work here: import of triton")
+    torch.testing.assert_close(kernels.scan(*tensors, None), around(selective_scan).scan(*tensors, None))
 
 
-def test_a_kernel_built_for_another_pytorch_is_reported_with_its_reason(monkeypatch, caplog):
+def test_mamba_ssm_can_be_chosen(monkeypatch, caplog, mamba_ssm):
+    monkeypatch.setitem(mamba.ON_CUDA, "triton", lambda: pytest.fail("not asked for"))
+    monkeypatch.setenv(CHOICE, "mamba-ssm")
+    with caplog.at_level(logging.INFO, logger=mamba.__name__):
+        kernels_for("cuda")
+    assert caplog.messages == [f"selective scan: mamba-ssm on cuda, as {CHOICE} says"]
+
+
+def test_plain_pytorch_can_be_chosen(monkeypatch):
+    monkeypatch.setitem(mamba.ON_CUDA, "triton", lambda: pytest.fail("not asked for"))
+    monkeypatch.setenv(CHOICE, "pytorch")
+    assert kernels_for("cuda").plain
+
+
+def test_a_choice_that_does_not_exist_or_work_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    monkeypatch.setenv(CHOICE, "mamba-ssm")
+    with pytest.raises(InputError, match=f"{CHOICE} is mamba-ssm, which does not work here: .*mamba_ssm.*unset it"):
+        kernels_for("cuda")
+    monkeypatch.setenv(CHOICE, "cuda")
+    with pytest.raises(InputError, match="must be one of triton, mamba-ssm, pytorch, not 'cuda'"):
+        kernels_for("cuda")
+
+
+def test_a_kernel_built_for_another_pytorch_is_reported_with_its_reason(monkeypatch, caplog, no_triton):
     class Broken:
         def find_spec(self, name, path=None, target=None):
             if name.startswith("mamba_ssm"):
@@ -136,15 +186,35 @@ def test_a_kernel_built_for_another_pytorch_is_reported_with_its_reason(monkeypa
     for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    assert scan_for("cuda") is selective_scan
+    assert kernels_for("cuda").plain
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert "undefined symbol: _ZN3c10" in record.message
 
 
-def test_a_missing_package_is_said(monkeypatch, caplog):
+def test_a_machine_without_a_compiler_is_reported(monkeypatch, caplog):
+    """Triton builds its launcher when a kernel first runs; that must not be in the middle of a training step."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from bundle.networks import triton_scan
+
+    def fail(_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton_scan, "try_out", fail)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    assert kernels_for("cuda").plain
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.message.startswith(
+        "selective scan: pytorch on cuda, as triton does not work here: Failed to find C compiler, and mamba-ssm does"
+    )
+
+
+def test_missing_packages_are_said(monkeypatch, caplog, no_triton):
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)  # as if not installed
     with caplog.at_level(logging.INFO, logger=mamba.__name__):
-        assert scan_for("cuda") is selective_scan
-    [message] = caplog.messages
-    assert message.startswith("selective scan: plain PyTorch on cuda, as mamba_ssm")
+        assert kernels_for("cuda").plain
+    [record] = caplog.records
+    assert record.levelno == logging.INFO
+    assert record.message.startswith("selective scan: pytorch on cuda, as triton does")
+    assert ", and mamba-ssm does" in record.message

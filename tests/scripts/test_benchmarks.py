@@ -18,7 +18,7 @@ from bundle.networks.swin_mamba import SwinMambaEncoder
 from scripts.benchmarks.background import background
 from scripts.benchmarks.cases import QUICK, clip, scan_arguments, stages
 from scripts.benchmarks.floor import block_counts, clip_counts
-from scripts.benchmarks.gpu import gpu
+from scripts.benchmarks.gpu import gpu, working
 from scripts.benchmarks.measure import (
     Measurement,
     ScanTimer,
@@ -57,12 +57,20 @@ def test_the_gpu_command_runs_on_a_cpu_to_be_checked():
     assert max(parity) < 1e-2  # eight bits of mantissa
 
 
-def test_a_fused_scan_has_rows_of_its_own_only_where_it_runs(monkeypatch):
+def test_kernels_have_rows_of_their_own_only_where_they_work(monkeypatch, caplog):
     """A package that is there but cannot be loaded must not lend its name to figures of the plain scan."""
-    settings = {"device": "cpu", "quick": True, "batches": (1,), "repeats": 1}
-    assert {row[0] for row in cells(gpu(**settings))[2:]} == {"plain PyTorch"}
-    monkeypatch.setattr(mamba, "scan_for", lambda _: lean_loop)  # stands in for the kernel
-    assert [row[0] for row in cells(gpu(**settings))[2:]] == 3 * ["plain PyTorch"] + 3 * ["mamba-ssm"]
+
+    def broken():
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setitem(mamba.ON_CUDA, "triton", broken)
+    monkeypatch.setitem(mamba.ON_CUDA, "mamba-ssm", lambda: mamba.around(lean_loop))  # stands in for the kernel
+    found = working("cuda")
+    assert list(found) == ["mamba-ssm", "pytorch"]
+    assert caplog.messages == ["no rows for triton, which does not work here: undefined symbol"]
+    monkeypatch.setattr("scripts.benchmarks.gpu.working", lambda _: found)
+    rows = cells(gpu(device="cpu", quick=True, batches=(1,), repeats=1))[2:]
+    assert [row[0] for row in rows] == 3 * ["mamba-ssm"] + 3 * ["pytorch"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

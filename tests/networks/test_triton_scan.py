@@ -1,0 +1,68 @@
+"""The Triton kernels: their results in Triton's interpreter, and that they compile for A100 and H100 without spills.
+
+Not covered: a GPU. What the kernels compute there, and how fast, is not known.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bundle.errors import InputError
+from scripts.benchmarks.kernels import ARCHITECTURES, HALF, SINGLE, kernels, launched, usage
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+@needs_triton
+def test_results_in_the_interpreter():
+    command = ("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/networks/interpreted_triton.py")
+    done = python(*command, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 15, done.stdout
+    assert "skipped" not in done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize("name", ["scan, forward", "scan, backward", "convolution, forward", "convolution, backward"])
+def test_nothing_is_spilled(name, dtype, architecture):
+    kernel, constants, options = launched()[name]
+    found = usage(kernel, constants, options, architecture, dtype)
+    assert found.spilled == 0
+    assert 0 < found.registers <= options.get("maxnreg", 255)
+
+
+@needs_triton
+def test_spills_would_be_seen():
+    kernel, constants, options = launched()["scan, backward"]
+    assert usage(kernel, constants, options | {"maxnreg": 96}, 90, HALF).spilled > 0
+
+
+def test_without_triton_the_command_says_so(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match="pip install triton"):
+        kernels()
+
+
+def test_a_cpu_never_imports_the_kernels():
+    code = """
+import sys, torch
+from bundle.networks.mamba import Mamba
+Mamba(4)(torch.randn(1, 3, 4)).sum().backward()
+print("bundle.networks.triton_scan" in sys.modules)
+"""
+    done = python("-c", code)
+    assert done.stdout.split() == ["False"], done.stderr

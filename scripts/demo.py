@@ -13,12 +13,16 @@ from scripts.commands import prepare, release, splits, synthesize
 
 logger = logging.getLogger(__name__)
 
+EFFECT = "coupling"
+READOUT = "readouts/covariance"
 
-def demo(folder: str = "demo", subjects: int = 24, effect: float = 2.0, seed: int = 0) -> None:
+
+def demo(folder: str = "demo", subjects: int = 48, effect: float = 4.0, seed: int = 0) -> None:
     """Make a synthetic cohort and run the main job on it; run again, it goes on where it was interrupted.
 
-    The cohort is made up, with a group difference planted in the brightness of limbic and cerebellar regions;
-    the scores say that the software works, and nothing about ADHD. FOLDER/report.html shows it all.
+    The cohort is made up, with a large group difference planted in how limbic and cerebellar regions vary together over
+    time, which no single frame shows; the scores say that the software works, and nothing about ADHD.
+    FOLDER/report.html shows it all.
 
     Args:
         folder: where everything goes.
@@ -31,7 +35,7 @@ def demo(folder: str = "demo", subjects: int = 24, effect: float = 2.0, seed: in
     base = Path(folder).resolve()
     derivatives, store = base / "derivatives", base / "store"
     logger.info("Step 1 of 6: make a synthetic cohort of %d subjects in %s", subjects, derivatives)
-    synthesize(str(derivatives), subjects=subjects, effect=effect, seed=seed, effect_on="intensity")
+    synthesize(str(derivatives), subjects=subjects, effect=effect, seed=seed, effect_on=EFFECT)
     logger.info("Step 2 of 6: bring every run onto the 2 mm grid and to 0.8 s, z-score it, and store it")
     prepare(str(derivatives), str(store))
     logger.info("Step 3 of 6: split the subjects by site and diagnosis")
@@ -39,11 +43,11 @@ def demo(folder: str = "demo", subjects: int = 24, effect: float = 2.0, seed: in
     logger.info("Step 4 of 6: pretrain by reconstructing the limbic region")
     common = {"dataset_dir": str(store), "seed": seed}
     run_config("pretrain", ["pretrain", "demo"], common | {"output_dir": str(base / "pretrain")})
-    logger.info("Step 5 of 6: train the classifier on the frozen encoder")
+    logger.info("Step 5 of 6: fit the covariance readout to the frozen encoder's features of whole runs")
     common |= {"output_dir": str(base / "train"), "encoder_checkpoint": str(base / "pretrain" / "best.pt")}
-    run_config("run", ["train", "demo"], common | {"max_epochs": 40})  # cheap: the encoder sees each clip once
+    run_config("run", ["train", READOUT, "demo"], common)
     logger.info("Step 6 of 6: test the best classifier once, over subjects")
-    run_config("run", ["train", "evaluate", "demo"], common)
+    run_config("run", ["train", READOUT, "evaluate", "demo"], common)
     release(str(base / "train" / "best.pt"), str(base / "models"))
     page = write_demo_report(base)
     report(base / "train" / "evaluation")

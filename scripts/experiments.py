@@ -2,6 +2,8 @@
 
 from bundle.errors import InputError
 from bundle.experiments.dynamics import read_plan, run_plan, write_tables
+from bundle.experiments.one_run import one_run as rebuild_one_run
+from bundle.experiments.one_run import pretraining_overrides
 from bundle.experiments.report import write_report
 from bundle.experiments.statistics import finished_trials
 from bundle.experiments.sweep import read_sweep, run_sweep
@@ -63,6 +65,29 @@ def dynamics(config: str = "configs/dynamics.json", results: str | None = None, 
     print(plain.drop(columns=["size", "shuffled", "shifted"]).to_string(index=False, float_format="%.3f"))
     print("\nDifferences on the same subjects")
     print(compared.to_string(index=False, float_format="%.3f"))
+
+
+def one_run(
+    bold: str,
+    folder: str,
+    config: str = "configs/dynamics.json",
+    mask: str = "region_tubes",
+    modes: tuple = ("run", "voxel"),
+    epochs: int = 60,
+) -> None:
+    """Train on the beginning of one real run, and rebuild hidden regions of its last fifth, beside ridge regression.
+
+    Args:
+        bold: a run in MNI space, NIfTI.
+        folder: where everything goes; one_run.csv is written there. Run again, it goes on.
+        config: plan whose pretraining says how large the network is, and how it is trained.
+        mask: what is hidden in training, an overlay of configs/masks.
+        modes: normalisations to compare.
+        epochs: of training.
+    """
+    table = rebuild_one_run(bold, folder, pretraining_overrides(config) | {"max_epochs": epochs}, mask, modes)
+    print("Temporal R² of hidden regions in the last fifth of ONE run")
+    print(table.pivot(index="region", columns=["normalisation", "model"], values="temporal_r2").round(3).to_string())
 
 
 def truth(

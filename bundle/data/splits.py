@@ -64,14 +64,12 @@ def make_splits(
     for participant in rest:
         sets[names.get(fold_of[participant], "train")].append(participant)
     sets["test"] = sorted(sets["test"] + list(held_out))
-    return {
-        "seed": seed,
-        "folds": folds,
-        "fold": fold,
-        "test_site": test_site,
-        "sets": sets,
-        "sha256": _hash(sets),
-    }
+    return {"seed": seed, "folds": folds, "fold": fold, "test_site": test_site} | splits_of(sets)
+
+
+def splits_of(sets: dict[str, list[str]]) -> dict:
+    """The content of a split file for given sets of participants: `{"sets", "sha256"}`."""
+    return {"sets": sets, "sha256": _hash(sets)}
 
 
 def make_all_splits(runs: Iterable[dict], folds: int = 10, seed: int = 0, by_site: bool = False) -> dict[str, dict]:

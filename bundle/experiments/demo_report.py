@@ -38,6 +38,11 @@ SCORES = {
     "accuracy": "accuracy",
     "majority_accuracy": "accuracy of always saying the more frequent class",
 }
+PLANTED = {
+    "coupling": "how strongly they vary together over time, which no single frame shows,",
+    "pattern": "how strongly the patterns inside their labels vary together over time",
+    "intensity": "brightness",
+}
 _BLUE, _ORANGE, _GREY = "#1f5f8b", "#d1601c", "#8a96a3"
 
 
@@ -53,8 +58,9 @@ def write_demo_report(folder: str | Path, regions: str | Sequence[str] = "limbic
     """
     folder = Path(folder)
     store, evaluation = folder / "store", folder / "train" / "evaluation"
+    truth = json.loads((folder / "derivatives" / "truth.json").read_text())
     runs = read_manifest(store)["runs"]
-    curves = learning_curves(folder)
+    curves = learning_curves(folder).query("stage == 'pretrain'")
     subjects = pd.read_csv(evaluation / "subjects.tsv", sep="\t")
     sites = {run["participant_id"]: run["site"] for run in runs}
     test = json.loads((evaluation / "scores.json").read_text())
@@ -62,7 +68,8 @@ def write_demo_report(folder: str | Path, regions: str | Sequence[str] = "limbic
     summary = pd.read_csv(store / "summary.tsv", sep="\t").fillna({"warnings": "", "reason": ""}).to_dict("records")
     low = {"coverage": load_preparation().min_coverage, "mni_overlap": GOOD_OVERLAP}
     context = {
-        "truth": json.loads((folder / "derivatives" / "truth.json").read_text()),
+        "truth": truth,
+        "planted": PLANTED[truth["parameters"]["effect_on"]],
         "runs": len(runs),
         "participants": len(sites),
         "sites": sorted(set(sites.values())),
@@ -71,11 +78,9 @@ def write_demo_report(folder: str | Path, regions: str | Sequence[str] = "limbic
         "mask": _mask_picture(store, runs[0]["run_id"], regions),
         "masked_run": runs[0]["run_id"],
         "rebuilt": drawn(rebuilt_figure(_last_panel(folder / "pretrain" / "tensorboard"))),
-        "last": curves.groupby(["stage", "tag"])["value"].last().to_dict(),
-        "epochs": {stage: int(part["step"].max()) for stage, part in _by_epoch(curves).groupby("stage")},
-        "curves": {
-            stage: [drawn(figure) for figure in curve_figures(curves, stage)] for stage in ("pretrain", "train")
-        },
+        "last": curves.groupby("tag")["value"].last().to_dict(),
+        "epochs": int(_by_epoch(curves)["step"].max()),
+        "curves": [drawn(figure) for figure in curve_figures(curves)],
         "subjects": subjects.assign(site=subjects["participant_id"].map(sites).fillna("–")).to_dict("records"),
         "names": NAMES,
         "threshold": threshold,
@@ -140,30 +145,22 @@ def _by_epoch(curves: pd.DataFrame) -> pd.DataFrame:
     return curves[curves["tag"] != "iteration_loss"]
 
 
-def curve_figures(curves: pd.DataFrame, stage: str) -> list[Figure]:
-    """Loss, and scores on the validation set, over the epochs of a stage.
+def curve_figures(curves: pd.DataFrame) -> list[Figure]:
+    """Pretraining's loss, and its temporal R² on the validation set, over the epochs.
 
     Args:
-        curves: from `bundle.experiments.trial.learning_curves`.
-        stage: "pretrain" or "train".
+        curves: from `bundle.experiments.trial.learning_curves`, of pretraining.
     """
-    part = curves[curves["stage"] == stage]
-    lines = {str(tag): line.set_index("step")["value"] for tag, line in part.groupby("tag")}
-    epochs = _by_epoch(part)["step"].max()
+    lines = {str(tag): line.set_index("step")["value"] for tag, line in curves.groupby("tag")}
+    epochs = _by_epoch(curves)["step"].max()
     steps = lines["iteration_loss"].copy()
     steps.index = steps.index * epochs / steps.index.max()
-    if stage == "pretrain":
-        mean = {"training": lines["train_masked_mse"], "validation": lines["val_masked_mse"]}
-        score, name = {"validation": lines["val_temporal_r2"]}, "temporal R² of hidden voxels"
-        loss, flat = "squared error of hidden voxels, z²", (0.0, "a flat line")
-    else:
-        mean = {"training": lines["train_loss"]}
-        score = {"AUROC": lines["val_auroc"], "balanced accuracy": lines["val_balanced_accuracy"]}
-        name, loss, flat = "validation subjects' score", "cross-entropy", (0.5, "chance")
-    first, axes = _panel("epochs", loss)
+    mean = {"training": lines["train_masked_mse"], "validation": lines["val_masked_mse"]}
+    score = {"validation": lines["val_temporal_r2"]}
+    first, axes = _panel("epochs", "squared error of hidden voxels")
     axes.plot(steps, color=_GREY, linewidth=0.8, alpha=0.7, label="each step")
-    second, score_axes = _panel("epochs", name)
-    score_axes.axhline(flat[0], color="black", linewidth=0.8, linestyle="--", label=flat[1])
+    second, score_axes = _panel("epochs", "temporal R² of hidden voxels")
+    score_axes.axhline(0, color="black", linewidth=0.8, linestyle="--", label="a flat line")
     for panel_axes, named in ((axes, mean), (score_axes, score)):
         panel_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for colour, (label, line) in zip((_BLUE, _ORANGE), named.items(), strict=False):

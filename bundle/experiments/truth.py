@@ -13,6 +13,7 @@ from bundle.experiments.synthetic import EFFECTS, make_cohort
 from bundle.files import write_json, write_text
 from bundle.preparation.prepare import prepare, refuse_failed_rows
 from bundle.preparation.sources import find_runs
+from bundle.preparation.sources.participants import Labels
 
 
 def prepared_cohort(
@@ -24,9 +25,9 @@ def prepared_cohort(
     return prepared(source, folder / "store")
 
 
-def prepared(source: Path, store: Path) -> Path:
+def prepared(source: Path, store: Path, labels: Labels = "required") -> Path:
     """Prepare a cohort's images, and return the store; half a cohort is no test, so a failed run is an error."""
-    refuse_failed_rows(prepare(find_runs(source), store)["rows"])
+    refuse_failed_rows(prepare(find_runs(source, labels), store)["rows"])
     return store
 
 

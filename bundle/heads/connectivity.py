@@ -51,6 +51,7 @@ class ConnectivityClassifier(BaseEstimator):
         weights_: (features,) of connectivity as it is, scaling included.
         bias_: its constant.
         best_params_: the chosen kind and C.
+        best_score_: their AUROC in the inner folds.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class ConnectivityClassifier(BaseEstimator):
         labels = np.asarray(labels, int)
         members = min(self.inner_folds, least_class(labels))
         folds = StratifiedKFold(members, shuffle=True, random_state=self.seed)
-        best = -np.inf
+        self.best_score_ = -np.inf
         for kind in self.kinds:
             connectivity = ConnectivityMeasure(
                 kind=kind, vectorize=True, discard_diagonal=self.discard_diagonal, standardize=False
@@ -88,8 +89,8 @@ class ConnectivityClassifier(BaseEstimator):
             left, lengths, basis = np.linalg.svd(scaler.fit_transform(vectors), full_matrices=False)
             search = GridSearchCV(clone(self.classifier), {"C": list(PENALTIES)}, scoring="roc_auc", cv=folds)
             search.fit(left * lengths, labels)
-            if search.best_score_ > best:
-                best = search.best_score_
+            if search.best_score_ > self.best_score_:
+                self.best_score_ = float(search.best_score_)
                 self.connectivity_ = connectivity
                 self.weights_ = search.best_estimator_.coef_[0] @ basis / scaler.scale_
                 self.bias_ = float(search.best_estimator_.intercept_[0] - self.weights_ @ scaler.mean_)

@@ -1,6 +1,6 @@
 """A readout of how parcels fluctuate together: covariance of a frozen encoder's tokens in tangent space."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,7 +40,8 @@ class CovarianceReadout(nn.Module):
         freeze: must be True.
         stage: whose tokens are read, see `SwinMambaEncoder.tokens`.
         level: parcels: each "label" by itself, or its "group" (the seven regions and the insula).
-        components: principal components of each parcel.
+        components: numbers of principal components of each parcel, of which the one that scores best in folds of the
+            training participants is taken.
         subtract: what is taken off before, frame by frame of the clip: "clip_mean", the run's own mean over its clips;
             "training_mean", the mean over all clips of all training runs; or None. (The embedding of time repeats in
             every clip, and would pass for a fluctuation that all parcels share.)
@@ -59,7 +60,7 @@ class CovarianceReadout(nn.Module):
         freeze: bool = True,
         stage: int = 1,
         level: str = "group",
-        components: int = 2,
+        components: Sequence[int] = (1, 2),
         subtract: str | None = "clip_mean",
         atlas: str | Path | None = None,
         **encoder: Any,
@@ -71,15 +72,15 @@ class CovarianceReadout(nn.Module):
             raise InputError(f"subtract must be clip_mean, training_mean or null, not {subtract!r}")
         self.encoder = SwinMambaEncoder(**encoder).requires_grad_(False).eval()
         edge, channels = self.encoder.tokens_of(stage)
-        if not 1 <= components <= channels:
+        if not components or not all(1 <= number <= channels for number in components):
             raise InputError(f"components must be 1 to {channels}, the channels of stage {stage}, not {components}")
-        self.stage, self.components, self.subtract = stage, components, subtract
+        self.stage, self.components, self.subtract = stage, sorted(components), subtract
         self.parcels = label_members(atlas, level)
         self.register_buffer("shares", token_shares(atlas, edge, self.encoder.image_size), persistent=False)
         self.settings: dict[str, Any] = {  # what the fitted numbers mean nothing without
             "stage": stage,
             "level": level,
-            "components": components,
+            "components": self.components,
             "subtract": subtract,
             "atlas": load_atlas(atlas).sha256,
         }
@@ -144,28 +145,35 @@ class CovarianceReadout(nn.Module):
                 courses = centred[:, members].flatten(1)
                 moments[position] = moments[position] + courses.T @ courses
             frames += len(centred)
-        basis = centred.new_zeros(*centred.shape[1:], self.components)
-        spread = centred.new_zeros(len(self.parcels), self.components)
+        most = self.components[-1]
+        basis = centred.new_zeros(*centred.shape[1:], most)
+        spread = centred.new_zeros(len(self.parcels), most)
         for position, members in enumerate(self.parcels):
             variances, vectors = torch.linalg.eigh(moments[position] / frames)  # ascending
-            basis[members] = vectors[:, -self.components :].unflatten(0, (len(members), -1))
-            spread[position] = variances[-self.components :].clamp(min=0).sqrt()
-        self.fitted["basis"] = basis
-        self.fitted["spread"] = spread.clamp(min=FAINT * spread.max().item())  # parcels outside every brain
-        joined: dict[Hashable, list[NDArray[np.float64]]] = {}
-        label_of: dict[Hashable, int] = {}
-        for name, run, label in zip(participants or range(len(runs)), runs, labels, strict=True):
-            joined.setdefault(name, []).append(self._courses(run))
-            label_of[name] = int(label)
-        classifier = LogisticRegression(max_iter=5000, random_state=seed)
-        model = ConnectivityClassifier(classifier, seed, kinds=["tangent"], discard_diagonal=False)
-        model.fit([np.concatenate(parts) for parts in joined.values()], np.array(list(label_of.values())))
+            basis[members] = vectors[:, -most:].unflatten(0, (len(members), -1))
+            spread[position] = variances[-most:].clamp(min=0).sqrt()
+        spread = spread.clamp(min=FAINT * spread.max().item())  # parcels outside every brain
+        best = -np.inf
+        for number in self.components:
+            chosen = {"basis": basis[..., -number:].contiguous(), "spread": spread[:, -number:].contiguous()}
+            fitted = self.fitted | chosen
+            joined: dict[Hashable, list[NDArray[np.float64]]] = {}
+            label_of: dict[Hashable, int] = {}
+            for name, run, label in zip(participants or range(len(runs)), runs, labels, strict=True):
+                joined.setdefault(name, []).append(self._courses(run, fitted))
+                label_of[name] = int(label)
+            classifier = LogisticRegression(max_iter=5000, random_state=seed)
+            model = ConnectivityClassifier(classifier, seed, kinds=["tangent"], discard_diagonal=False)
+            model.fit([np.concatenate(parts) for parts in joined.values()], np.array(list(label_of.values())))
+            if model.best_score_ > best:
+                best, best_model, best_basis = model.best_score_, model, chosen
         found = {
-            "mean": model.connectivity_.mean_,
-            "whitening": model.connectivity_.whitening_,
-            "weights": model.weights_,
-            "bias": model.bias_,
+            "mean": best_model.connectivity_.mean_,
+            "whitening": best_model.connectivity_.whitening_,
+            "weights": best_model.weights_,
+            "bias": best_model.bias_,
         }
+        self.fitted |= best_basis
         self.fitted |= {name: torch.as_tensor(value, dtype=torch.float64) for name, value in found.items()}
 
     def forward(self, image: Tensor, counts: Sequence[int] | None = None) -> Tensor:
@@ -185,7 +193,7 @@ class CovarianceReadout(nn.Module):
             raise InputError("the covariance readout was not fitted; fit it, or load a checkpoint of one")
         features = image.detach() if image.ndim == 4 else self.features(image)
         counts = [len(features)] if counts is None else list(counts)
-        courses = [self._courses(run) for run in features.split(counts)]
+        courses = [self._courses(run, self.fitted) for run in features.split(counts)]
         connectivity = ConnectivityMeasure(kind="tangent", vectorize=True, standardize=False)
         connectivity.cov_estimator_ = LedoitWolf(store_precision=False)
         connectivity.mean_, connectivity.whitening_ = (self.fitted[name].numpy() for name in ("mean", "whitening"))
@@ -213,12 +221,12 @@ class CovarianceReadout(nn.Module):
             values = values - self.fitted["training_mean"]
         return torch.from_numpy(detrend(values.flatten(0, 1).numpy(), axis=0))
 
-    def _courses(self, run: Tensor) -> NDArray[np.float64]:
+    def _courses(self, run: Tensor, fitted: Mapping[str, Tensor]) -> NDArray[np.float64]:
         """A run's features (C, T, L, c) as courses (C * T, P * k) of SD 1, or 0 where nothing happens."""
-        centred, basis = self._centred(run), self.fitted["basis"]
+        centred, basis = self._centred(run), fitted["basis"]
         courses = torch.stack(
             [centred[:, members].flatten(1) @ basis[members].flatten(0, 1) for members in self.parcels], dim=1
         )
         spread = courses.std(0, correction=0)
-        still = spread <= FAINT * self.fitted["spread"]
+        still = spread <= FAINT * fitted["spread"]
         return (courses / spread.where(~still, torch.inf)).flatten(1).numpy()

@@ -43,8 +43,8 @@ def bright(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def attribution(store: Path, folder: Path, **overrides: object) -> pd.DataFrame:
     """How much each voxel of a region separates the groups, most first, for the classifier trained so."""
     settings = SETTINGS | {"dataset_dir": str(store), "output_dir": str(folder)} | overrides
-    run("train", **settings)
-    run("train", "attribute", **settings, baseline="cohort_mean", levels=["group"], gradient_steps=4)
+    run("train", "published", **settings)
+    run("train", "attribute", "published", **settings, baseline="cohort_mean", levels=["group"], gradient_steps=4)
     table = pd.read_csv(folder / "attribution" / "attribution.csv")
     table = table[table["name"].isin(REGIONS) & (table["measure"] == "separation_per_1000_voxels")]
     return table.sort_values("value", key=abs, ascending=False)

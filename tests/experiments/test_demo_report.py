@@ -28,10 +28,7 @@ from bundle.preparation.store import read_manifest
 from bundle.training.pictures import reconstruction_panel
 
 HOSTILE = "<script>alert(1)</script>"
-SCALARS = {
-    "pretrain": ("train_masked_mse", "val_masked_mse", "val_temporal_r2"),
-    "train": ("train_loss", "val_auroc", "val_balanced_accuracy", "val_accuracy"),
-}
+SCALARS = ("train_masked_mse", "val_masked_mse", "val_temporal_r2")
 
 
 def panel() -> np.ndarray:
@@ -46,19 +43,17 @@ def folder(store, tmp_path_factory):
     """What a demo of 12 subjects and 3 epochs would leave, but for the checkpoints."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "store").symlink_to(store)
-    parameters = {"effect": 2.0, "effect_on": "intensity"}
+    parameters = {"effect": 2.0, "effect_on": "coupling"}
     (folder / "derivatives").mkdir()
     truth = {"parameters": parameters, "regions": ["limbic"], "best_auroc": 0.92}
     (folder / "derivatives" / "truth.json").write_text(json.dumps(truth))
-    for stage, tags in SCALARS.items():
-        with SummaryWriter(folder / stage / "tensorboard") as writer:
-            for step in range(1, 7):
-                writer.add_scalar("iteration_loss", 1 / step, step)
-            for epoch in range(1, 4):
-                for tag in tags:
-                    writer.add_scalar(tag, epoch / 4, epoch)
-                if stage == "pretrain":
-                    writer.add_image(PANEL, panel(), epoch, dataformats="HW")
+    with SummaryWriter(folder / "pretrain" / "tensorboard") as writer:
+        for step in range(1, 7):
+            writer.add_scalar("iteration_loss", 1 / step, step)
+        for epoch in range(1, 4):
+            for tag in SCALARS:
+                writer.add_scalar(tag, epoch / 4, epoch)
+            writer.add_image(PANEL, panel(), epoch, dataformats="HW")
     sets = load_splits(store / "splits.json")["sets"]
     labels = {run["participant_id"]: run["diagnosis"] for run in read_manifest(store)["runs"]}
     tables = [
@@ -86,7 +81,7 @@ def test_it_says_that_all_is_synthetic_at_the_top_at_the_scores_and_at_the_end(p
 
 def test_one_file_holds_it_all(page):
     pictures = list(page.iter("img"))
-    assert len(pictures) == 8  # mask, rebuilt, two curves of each stage, subjects, scores
+    assert len(pictures) == 6  # mask, rebuilt, two curves, subjects, scores
     assert all(picture.get("src").startswith("data:image/png;base64,") for picture in pictures)
     assert all(len(picture.get("alt")) > 20 for picture in pictures)
     assert all(text_of(next(figure.iter("figcaption"))) for figure in page.iter("figure"))
@@ -159,7 +154,7 @@ def test_planes_keep_their_places_and_only_what_was_hidden_is_outlined():
 
 
 def test_curves_and_dots_are_those_of_the_tables(folder):
-    loss, score = curve_figures(learning_curves(folder), "pretrain")
+    loss, score = curve_figures(learning_curves(folder))
     each, train, validation = loss.axes[0].lines
     assert each.get_xdata()[-1] == 3  # six steps in three epochs
     assert train.get_ydata() == pytest.approx([0.25, 0.5, 0.75]) == validation.get_ydata()

@@ -29,7 +29,7 @@ VOXEL = {"mode": "voxel", "sd_floor": 0.1, "clip": 5.0}
 READOUTS = {
     "mean": {"kind": "mean"},
     "attention": {"kind": "attention"},
-    "covariance": {"kind": "covariance", "stage": 1, "level": "group", "components": 1, "subtract": None},
+    "covariance": {"kind": "covariance", "stage": 1, "level": "group", "components": [1], "subtract": None},
 }
 
 

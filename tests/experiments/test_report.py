@@ -114,7 +114,7 @@ def test_a_reconstruction_without_r2_is_a_dash_in_the_report(results):
         write_json(folder / "reconstruction.json", {"masked_mse": 0.5, "temporal_r2": r2})
     write_report(results, resamples=20)
     lines = (results / "report.md").read_text().splitlines()
-    for name, ending in (("limbic", "| 0.5000 | – |"), ("random_tube", "| 0.5000 | 0.250 |")):
+    for name, ending in (("limbic", "| – | 0.5000 |"), ("random_tube", "| 0.250 | 0.5000 |")):
         (row,) = [line for line in lines if line.startswith(f"| {name} |")]
         assert row.endswith(ending)
 

@@ -26,7 +26,7 @@ LABELS = 11
 def readout(**changes) -> CovarianceReadout:
     """The readout, of eight parcels of few labels instead of the atlas'."""
     torch.manual_seed(0)
-    network = CovarianceReadout(**(SMALL | {"components": 1} | changes))
+    network = CovarianceReadout(**(SMALL | {"components": [1]} | changes))
     network.parcels = [list(members) for members in MEMBERS]
     return network
 
@@ -137,19 +137,19 @@ def test_what_repeats_in_every_clip_does_not_count():
 
 def test_the_state_goes_through_a_file_and_other_settings_are_refused():
     (runs, labels), (others, _) = cohort(24, 0), cohort(6, 1)
-    network = readout(components=2)
+    network = readout(components=[2])
     network.fit(runs, labels)
     file = io.BytesIO()
     torch.save(network.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    again = readout(components=2)
+    again = readout(components=[2])
     with pytest.raises(InputError, match="was not fitted"):
         scores(again, others)
     again.load_state_dict(state, strict=True)
     np.testing.assert_array_equal(scores(again, others), scores(network, others))
     with pytest.raises(InputError, match="fitted with stage 1, but here it is 0"):
-        readout(components=2, stage=0).load_state_dict(state)
+        readout(components=[2], stage=0).load_state_dict(state)
     with pytest.raises(InputError, match=r"\(10, 11, 4\), not \(9, 11, 4\)"):
         again(others[0][:, :9])
     with pytest.raises(InputError, match="one clip"):
@@ -212,10 +212,33 @@ def test_what_labels_average_away_is_found():
     assert roc_auc_score(truth, scores(network, [opposed(run) for run in others])) > 0.95
 
 
+def test_as_many_components_are_taken_as_the_training_participants_ask_for():
+    """A louder source of its own in every parcel is the first component; what differs is in the second."""
+    loud = 4 * np.random.default_rng(98).normal(size=(LABELS, 4))
+    parcel_of = np.repeat(np.arange(PARCELS), [len(members) for members in MEMBERS])
+
+    def drowned(run: torch.Tensor, seed: int) -> torch.Tensor:
+        source = np.random.default_rng(seed).normal(size=(12, 10, PARCELS))[..., parcel_of, None]
+        return run + torch.tensor(source * loud, dtype=torch.float32)
+
+    (runs, labels), (others, truth) = cohort(40, 0), cohort(40, 1)
+    runs = [drowned(run, seed) for seed, run in enumerate(runs)]
+    others = [drowned(run, 100 + seed) for seed, run in enumerate(others)]
+    one, either = readout(components=[1]), readout(components=[2, 1])
+    for network in (one, either):
+        network.fit(runs, labels)
+    assert either.fitted["basis"].shape[-1] == 2
+    assert roc_auc_score(truth, scores(either, others)) > 0.9
+    assert roc_auc_score(truth, scores(one, others)) < 0.8
+    plain = readout(components=[1, 2])
+    plain.fit(*cohort(40, 0))
+    assert plain.fitted["basis"].shape[-1] == 1  # the second is noise
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_features_are_read_from_images(stage: int):
     torch.manual_seed(0)
-    network = CovarianceReadout(**SMALL, components=1, stage=stage)
+    network = CovarianceReadout(**SMALL, components=[1], stage=stage)
     image = torch.randn(2, 1, 96, 96, 96, 10)
     features = network.features(image)
     assert sorted(row for rows in network.parcels for row in rows) == list(range(features.shape[2]))
@@ -232,7 +255,7 @@ def test_features_are_read_from_images(stage: int):
     [
         ({"freeze": False}, "stays frozen"),
         ({"subtract": "mean"}, "subtract must be"),
-        ({"components": 5}, "components must be 1 to 4"),
+        ({"components": [5]}, "components must be 1 to 4"),
         ({"stage": 3}, "stage must be 0 to 2"),
     ],
 )

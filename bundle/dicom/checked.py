@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from bundle.dicom.brain import LEAST_DETAIL, detail
 from bundle.dicom.series import EVEN, IncompleteError, Layout, Series
 from bundle.preparation.bold import READ_ERRORS
+from bundle.preparation.chain import load_preparation
 from bundle.preparation.scaling import frames_after
-from bundle.preparation.transforms import CLIP_FRAMES
+from bundle.preparation.transforms import ResampleTRd
 
-TR = 0.8  # seconds, to which configs/prepare.json brings runs
 TR_TOLERANCE = 0.01  # share by which dcm2niix's TR may differ from RepetitionTime (0018,0080)
 SAME_VOXEL = 0.1  # share of a voxel by which places may differ
 LPS = np.array([-1.0, -1.0, 1.0])  # from DICOM's world to NIfTI's RAS and back
@@ -169,11 +169,12 @@ def _look(layout: Layout, image: Any) -> None:
 
 
 def _refuse_short(layout: Layout, stopped: bool) -> None:
-    frames, volumes = frames_after(layout.shape[3], layout.tr, TR), layout.shape[3]
-    if frames < CLIP_FRAMES:
+    (resampling,) = (step for step in load_preparation().steps if isinstance(step, ResampleTRd))
+    frames, volumes = frames_after(layout.shape[3], layout.tr, resampling.tr), layout.shape[3]
+    if frames < resampling.min_frames:
         raise IncompleteError(
-            f"is too short: {volumes} volumes at {layout.tr:g} s are {frames} frames at {TR:g} s, "
-            f"and {CLIP_FRAMES} are needed"
+            f"is too short: {volumes} volumes at {layout.tr:g} s are {frames} frames at {resampling.tr:g} s, "
+            f"and {resampling.min_frames} are needed"
         )
     if volumes < layout.planned and not stopped:
         raise IncompleteError(

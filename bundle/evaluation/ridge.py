@@ -35,7 +35,7 @@ class RidgeFromMeans(nn.Module):
 
     Args:
         clips: dataset of the training clips, as `ReadClipd` gives them.
-        transforms: to `image` (channels, X, Y, Z, T), of which the last channel is used, and `brain`.
+        transforms: to `image` (channels, X, Y, Z, T), of which the last channel is used.
         atlas: label image; None: AAL3v1, 1 mm.
 
     Raises:
@@ -51,13 +51,15 @@ class RidgeFromMeans(nn.Module):
         loaded, prepare = load_atlas(atlas), Compose(transforms)
         self.labels = parcel_index(loaded, parcels_of(loaded, "label"))  # (X, Y, Z), 1 to n
         self.voxels = np.flatnonzero(self.labels)
+        self.of_voxel = self.labels.ravel()[self.voxels]  # (V,)
+        self.counts = np.bincount(self.of_voxel)  # voxels of each label, 0 for none; (n + 1,)
         size = int(self.labels.max())
         shapes = ((size, size), (size, len(self.voxels)), (len(self.voxels),))
         # over the clips that fit, and those held out: products of the means, of means and voxels, squares of voxels
         self.sums = [tuple(np.zeros(shape) for shape in shapes) for _ in ("fit", "held out")]
         for position in tqdm(range(len(clips)), desc="ridge", unit="clip"):
             item = prepare(clips[position])
-            means, courses = self._means(item["image"].as_tensor()[-1], np.zeros(size + 1, bool))
+            means, courses = self._courses(item["image"].as_tensor()[-1])
             held_out = position % HELD_OUT == HELD_OUT - 1
             for total, part in zip(
                 self.sums[held_out], (means @ means.T, means @ courses.T, (courses**2).sum(1)), strict=True
@@ -79,29 +81,24 @@ class RidgeFromMeans(nn.Module):
             InputError: the mask hides a part of a label.
         """
         inside = mask[0, 0].cpu().numpy()
-        size = len(self.sums[0][0])
-        counts = np.bincount(self.labels[inside], minlength=size + 1)
+        counts = np.bincount(self.labels[inside], minlength=len(self.counts))
+        counts[0] = 0
         hidden = counts > 0
-        hidden[0] = False
-        if np.any(counts[hidden] < np.bincount(self.labels.ravel())[hidden]):
+        if np.any(counts[hidden] < self.counts[hidden]):
             raise InputError("ridge regression rebuilds whole labels; take a mask of regions, without tubes or shares")
-        means, _ = self._means(image[0, -1], hidden)
-        seen, wanted = ~hidden[1:], hidden[self.labels.ravel()[self.voxels]]
+        means, _ = self._courses(image[0, -1])
+        seen, wanted = ~hidden[1:], hidden[self.of_voxel]
         weights = self._weights(seen, wanted)
         rebuilt = np.zeros((self.labels.size, image.shape[-1]), np.float32)
         rebuilt[self.voxels[wanted]] = weights.T @ means[seen]
         return torch.from_numpy(rebuilt).reshape(1, 1, *self.labels.shape, -1).to(image.device)
 
-    def _means(self, image: Tensor, hidden: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Labels' mean courses (n, T), 0 where hidden, and the voxels' courses (V, T), around the clip's mean."""
+    def _courses(self, image: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Labels' mean courses (n, T), and the voxels' courses (V, T), around the clip's mean."""
         courses = image.double().cpu().numpy().reshape(-1, image.shape[-1])[self.voxels]
         courses -= courses.mean(1, keepdims=True)
-        of_voxel = self.labels.ravel()[self.voxels]
-        size = len(hidden)
-        sums = np.stack([np.bincount(of_voxel, frame, minlength=size) for frame in courses.T], axis=1)
-        means = sums / np.maximum(np.bincount(of_voxel, minlength=size), 1)[:, None]
-        means[hidden] = 0
-        return means[1:], courses
+        sums = np.stack([np.bincount(self.of_voxel, frame) for frame in courses.T], axis=1)
+        return (sums / np.maximum(self.counts, 1)[:, None])[1:], courses
 
     def _weights(self, seen: NDArray[np.bool_], wanted: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Weights (seen labels, wanted voxels), with the penalty that rebuilds the clips held out best."""

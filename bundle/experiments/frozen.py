@@ -116,7 +116,8 @@ def connectivity_rows(design: Design, folder: Path) -> Iterator[dict[str, Any]]:
     tables = participant_series(folder, runs, folder.parent / "series", atlas)
     parcels = parcels_of(atlas, "group")
     of_labels = [tables[run["participant_id"]].to_numpy() for run in runs]
-    of_groups = [_group_series(folder, run["run_id"], parcel_index(atlas, parcels).ravel()) for run in runs]
+    groups = parcel_index(atlas, parcels).ravel()
+    of_groups = [_group_series(folder, run["run_id"], groups) for run in runs]
     names = next(iter(tables.values())).columns
     members = [names.get_indexer([atlas.names[n] for n in numbers]) for numbers in parcels.values()]
     members = [columns[columns >= 0] for columns in members if max(columns) >= 0]

@@ -18,7 +18,7 @@ from bundle.data.splits import SETS, save_splits, splits_of
 from bundle.errors import InputError
 from bundle.experiments.trial import Strategy
 from bundle.experiments.truth import prepared
-from bundle.experiments.volumes import SPACE, write_description
+from bundle.experiments.volumes import SPACE, in_mni, write_description
 from bundle.files import write_json, write_text
 from bundle.preparation.bold import open_bold
 from bundle.process import run_config
@@ -90,11 +90,7 @@ def cut_in_time(bold: str | Path, folder: Path) -> None:
         func = folder / f"sub-{name}" / "func"
         func.mkdir(parents=True, exist_ok=True)
         values = np.asarray(run.image.dataobj[..., start:stop], np.float32)
-        image = Nifti1Image(values, run.affine)
-        image.set_sform(run.affine, code="mni")
-        image.set_qform(run.affine, code="mni")
-        image.header.set_xyzt_units("mm", "sec")
-        image.header.set_zooms((*run.image.header.get_zooms()[:3], run.tr))
+        image = in_mni(Nifti1Image(values, run.affine), run.tr)
         stem = f"sub-{name}_task-part_space-{SPACE}_desc-preproc_bold"
         write_json(func / f"{stem}.json", {"TaskName": "part", "RepetitionTime": run.tr})
         save(image, func / f"{stem}.nii.gz")

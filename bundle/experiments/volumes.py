@@ -211,10 +211,14 @@ def stored_image(data: np.ndarray, affine: np.ndarray, site: Site) -> nib.Nifti1
     """Wrap RAS voxels, (X, Y, Z) or (X, Y, Z, T), as an MNI image in the site's storage order."""
     image = nib.Nifti1Image(data, affine)
     to_site = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(site.axcodes))
-    image = image.as_reoriented(to_site)
+    return in_mni(image.as_reoriented(to_site), site.tr)
+
+
+def in_mni(image: nib.Nifti1Image, tr: float) -> nib.Nifti1Image:
+    """Let an image's header say that its affine is MNI's, in mm and seconds, and what the TR is if it has frames."""
     image.set_sform(image.affine, code="mni")
     image.set_qform(image.affine, code="mni")
     image.header.set_xyzt_units("mm", "sec")
-    if data.ndim == 4:
-        image.header.set_zooms((*[site.voxel_mm] * 3, site.tr))
+    if image.ndim == 4:
+        image.header.set_zooms((*image.header.get_zooms()[:3], tr))
     return image

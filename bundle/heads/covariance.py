@@ -1,6 +1,6 @@
 """A readout of how parcels fluctuate together: covariance of a frozen encoder's tokens in tangent space."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -153,27 +153,28 @@ class CovarianceReadout(nn.Module):
             basis[members] = vectors[:, -most:].unflatten(0, (len(members), -1))
             spread[position] = variances[-most:].clamp(min=0).sqrt()
         spread = spread.clamp(min=FAINT * spread.max().item())  # parcels outside every brain
-        best = -np.inf
+        joined: dict[Hashable, list[Tensor]] = {}
+        label_of: dict[Hashable, int] = {}
+        for name, run, label in zip(participants or range(len(runs)), runs, labels, strict=True):
+            joined.setdefault(name, []).append(self._components_of(run, basis))
+            label_of[name] = int(label)
+        truth, best = np.array(list(label_of.values())), -np.inf
         for number in self.components:
-            chosen = {"basis": basis[..., -number:].contiguous(), "spread": spread[:, -number:].contiguous()}
-            fitted = self.fitted | chosen
-            joined: dict[Hashable, list[NDArray[np.float64]]] = {}
-            label_of: dict[Hashable, int] = {}
-            for name, run, label in zip(participants or range(len(runs)), runs, labels, strict=True):
-                joined.setdefault(name, []).append(self._courses(run, fitted))
-                label_of[name] = int(label)
+            rows = [
+                np.concatenate([_courses(part[..., -number:], spread[:, -number:]) for part in parts])
+                for parts in joined.values()
+            ]
             classifier = LogisticRegression(max_iter=5000, random_state=seed)
-            model = ConnectivityClassifier(classifier, seed, kinds=["tangent"], discard_diagonal=False)
-            model.fit([np.concatenate(parts) for parts in joined.values()], np.array(list(label_of.values())))
+            model = ConnectivityClassifier(classifier, seed, kinds=["tangent"], discard_diagonal=False).fit(rows, truth)
             if model.best_score_ > best:
-                best, best_model, best_basis = model.best_score_, model, chosen
+                best, best_model, chosen = model.best_score_, model, number
+        self.fitted |= {"basis": basis[..., -chosen:].contiguous(), "spread": spread[:, -chosen:].contiguous()}
         found = {
             "mean": best_model.connectivity_.mean_,
             "whitening": best_model.connectivity_.whitening_,
             "weights": best_model.weights_,
             "bias": best_model.bias_,
         }
-        self.fitted |= best_basis
         self.fitted |= {name: torch.as_tensor(value, dtype=torch.float64) for name, value in found.items()}
 
     def forward(self, image: Tensor, counts: Sequence[int] | None = None) -> Tensor:
@@ -193,7 +194,8 @@ class CovarianceReadout(nn.Module):
             raise InputError("the covariance readout was not fitted; fit it, or load a checkpoint of one")
         features = image.detach() if image.ndim == 4 else self.features(image)
         counts = [len(features)] if counts is None else list(counts)
-        courses = [self._courses(run, self.fitted) for run in features.split(counts)]
+        basis, spread = self.fitted["basis"], self.fitted["spread"]
+        courses = [_courses(self._components_of(run, basis), spread) for run in features.split(counts)]
         connectivity = ConnectivityMeasure(kind="tangent", vectorize=True, standardize=False)
         connectivity.cov_estimator_ = LedoitWolf(store_precision=False)
         connectivity.mean_, connectivity.whitening_ = (self.fitted[name].numpy() for name in ("mean", "whitening"))
@@ -221,12 +223,21 @@ class CovarianceReadout(nn.Module):
             values = values - self.fitted["training_mean"]
         return torch.from_numpy(detrend(values.flatten(0, 1).numpy(), axis=0))
 
-    def _courses(self, run: Tensor, fitted: Mapping[str, Tensor]) -> NDArray[np.float64]:
-        """A run's features (C, T, L, c) as courses (C * T, P * k) of SD 1, or 0 where nothing happens."""
-        centred, basis = self._centred(run), fitted["basis"]
-        courses = torch.stack(
+    def _components_of(self, run: Tensor, basis: Tensor) -> Tensor:
+        """Each parcel's components (C * T, P, k) of a run's features (C, T, L, c)."""
+        centred = self._centred(run)
+        return torch.stack(
             [centred[:, members].flatten(1) @ basis[members].flatten(0, 1) for members in self.parcels], dim=1
         )
-        spread = courses.std(0, correction=0)
-        still = spread <= FAINT * fitted["spread"]
-        return (courses / spread.where(~still, torch.inf)).flatten(1).numpy()
+
+
+def _courses(components: Tensor, expected: Tensor) -> NDArray[np.float64]:
+    """A run's components (n, P, k) as courses (n, P * k) of SD 1, or 0 where nothing happens.
+
+    Args:
+        components: the components.
+        expected: their SD in training (P, k), beside which a run's own may be rounding noise.
+    """
+    spread = components.std(0, correction=0)
+    still = spread <= FAINT * expected
+    return (components / spread.where(~still, torch.inf)).flatten(1).numpy()

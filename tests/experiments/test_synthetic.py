@@ -20,7 +20,6 @@ from scipy.signal import detrend
 
 from bundle.errors import InputError
 from bundle.experiments import synthetic, volumes
-from bundle.experiments.patterns import label_pattern, smooth_field
 from bundle.experiments.signals import group_latents, label_signals
 from bundle.experiments.synthetic import SITES, Site, make_cohort, plan_cohort
 from bundle.preparation.bold import open_bold
@@ -269,30 +268,6 @@ def pattern_cohort(tmp_path_factory) -> Path:
     return make_cohort(folder, SUBJECTS, EFFECT, sites=COARSE, effect_on="pattern")
 
 
-def test_the_field_is_smooth_and_fixed():
-    """The correlation of smoothed white noise at a distance d is exp(-d² / 4 sigma²), with FWHM = 2.355 sigma."""
-    field = smooth_field()
-    r = np.corrcoef(field[:-4].ravel(), field[4:].ravel())[0, 1]  # 8 mm apart
-    assert r == pytest.approx(math.exp(-(8**2) / (4 * (16 / 2.3548) ** 2)), abs=0.02)
-    assert field.std() == pytest.approx(1)
-    smooth_field.cache_clear()
-    np.testing.assert_array_equal(smooth_field(), field)
-
-
-def test_a_pattern_is_balanced_within_every_label():
-    mm = np.random.default_rng(1).uniform(-60, 60, (500, 3))
-    labels = np.random.default_rng(2).integers(0, 5, 500) * 2
-    labels[0] = 11  # a label of one voxel
-    mean = np.random.default_rng(3).uniform(0.5, 1.5, 500)
-    pattern = label_pattern(mm, labels, mean).astype(float)
-    for number in (2, 4, 6, 8):
-        inside = labels == number
-        assert np.sum(mean[inside] * pattern[inside]) == pytest.approx(0, abs=1e-5)
-        assert np.mean(pattern[inside] ** 2) == pytest.approx(1, rel=1e-5)
-    assert not pattern[labels == 0].any()
-    assert pattern[0] == 0
-
-
 @pytest.mark.parametrize("voxel_mm", [6.0, 7.0])
 def test_label_means_are_blind_to_the_pattern(atlas, voxel_mm):
     """Of the noise-free signal of patterns only, by nilearn's masker and resampling of the shipped AAL3."""
@@ -468,18 +443,6 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, argument
     with pytest.raises(InputError, match=message):
         make_cohort(tmp_path / "cohort", **arguments)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"tr": 0}, {"tr": 2000}, {"voxel_mm": 0.5}, {"axcodes": "RAR"}, {"axcodes": "xyz"}, {"axcodes": "RA"},
-     {"intensity": 0}, {"intensity": math.inf}, {"dtype": "int8"}],
-)  # fmt: skip
-def test_bad_sites_are_refused(change):
-    good = {"name": "a", "tr": 2.0, "voxel_mm": 3.0, "axcodes": "LAS", "intensity": 1.0, "dtype": "int16"}
-    assert Site(**good).name == "a"
-    with pytest.raises(InputError, match=f"{next(iter(change))} of site 'a'"):
-        Site(**(good | change))
 
 
 def test_default_sites_differ_in_what_real_sites_differ_in():

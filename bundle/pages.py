@@ -34,7 +34,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "p_value": p_value, "ci": with_intervals}
+    environment.filters |= {
+        "measure_name": measure_name,
+        "number": number,
+        "percent": percent,
+        "p_value": p_value,
+        "ci": with_intervals,
+    }
     return environment
 
 
@@ -68,3 +74,17 @@ def p_value(value: float) -> str:
 def with_intervals(row: Mapping[str, Any], name: str) -> str:
     """Value with its interval, as it goes into a paper."""
     return f"{number(row[name])} ({number(row[f'{name}_low'])}–{number(row[f'{name}_high'])})"
+
+
+def measure_name(name: str) -> str:
+    """A measure as people write it: "AUROC within site" of auroc_within_site."""
+    special = {
+        "auroc": "AUROC",
+        "auprc": "AUPRC",
+        "r2": "R²",
+        "pearson": "Pearson",
+        "f1": "F1",
+        "mae": "MAE",
+        "brier": "Brier",
+    }
+    return " ".join(special.get(word, word) for word in name.split("_")) + (" score" if name == "brier" else "")

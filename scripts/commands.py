@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from monai.bundle import ConfigParser
@@ -146,7 +147,7 @@ def prepare(
         dry_run: store nothing; write what `preflight` writes, to STORE-preflight.
         layout: auto, bids, adhd200, nilearn-adhd, files or table.
         participants: table of participants (ADHD-200: of phenotypes), if it is not beside the runs.
-        labels: "required", or "optional" to prepare runs without a diagnosis too (for pretraining).
+        labels: "required": every participant must have a row and a site in the table; or "optional".
         tr: repetition time of every run, seconds, over what the files say.
         space: your word that every run is in this space, e.g. MNI.
         min_overlap: least share of the MNI152 brain mask that a run must cover.
@@ -252,8 +253,11 @@ def splits(
     test_site: str | None = None,
     all_folds: bool = False,
     all_sites: bool = False,
+    target: str = "diagnosis",
+    task: str | None = None,
+    classes: list | None = None,
 ) -> None:
-    """Split the subjects of a store by site and diagnosis, write the split file and print its counts as TSV.
+    """Split the subjects of a store by site and class, write the split file and print its counts as TSV.
 
     Args:
         store: the prepared store.
@@ -265,14 +269,18 @@ def splits(
         test_site: leave this site out for testing instead.
         all_folds: write fold-0.json, fold-1.json ..., each fold testing once.
         all_sites: write site-<name>.json for each site left out once.
+        target: column of the participants' table whose classes, or parts of whose range, every set is to hold.
+        task: binary, multiclass or regression, where the column does not say it.
+        classes: values of the column that are classes, in their order; all by default.
     """
     runs = read_manifest(store)["runs"]
+    by: dict[str, Any] = {"target": target, "task": task, "classes": classes}
     if all_folds or all_sites:
-        _print_tsv(save_all_splits(runs, file or Path(store) / "splits", folds, seed, by_site=all_sites))
+        _print_tsv(save_all_splits(runs, file or Path(store) / "splits", folds, seed, by_site=all_sites, **by))
         return
-    made = make_splits(runs, folds=folds, fold=fold, seed=seed, test_site=test_site)
+    made = make_splits(runs, folds=folds, fold=fold, seed=seed, test_site=test_site, **by)
     save_splits(made, file or Path(store) / "splits.json")
-    _print_tsv(count_table(made, runs))
+    _print_tsv(count_table(made, runs, **by))
 
 
 def overlay(store: str, run: str, png: str, regions: str | list = "limbic", atlas: str | None = None) -> None:

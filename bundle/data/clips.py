@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.data.splits import SETS, check_participants, load_splits
+from bundle.data.targets import Target
 from bundle.errors import InputError
 from bundle.preparation.store import read_manifest
 from bundle.preparation.transforms import CLIP_FRAMES
@@ -63,7 +64,7 @@ def split_clips(
     subset: str,
     frames: int = CLIP_FRAMES,
     stride: int = CLIP_FRAMES,
-    labelled: bool = False,
+    target: Target | None = None,
     label_shuffle_seed: int | None = None,
     whole_runs: bool = False,
 ) -> list[dict]:
@@ -75,8 +76,8 @@ def split_clips(
         subset: `train`, `validation` or `test`.
         frames: frames per clip (0.8 s each).
         stride: frames from the start of one clip to the start of the next.
-        labelled: add `label` (1 case, 0 control), and refuse runs without one. A training or validation set of
-            one class only is refused too; a test set may be so (a site left out).
+        target: add each participant's `label`, and leave out who has none. A training or validation set of one class
+            only is refused; a test set may be so (a site left out).
         label_shuffle_seed: a control: give the labels of the set's participants to each other at random, site by site.
         whole_runs: one item per run, with the `starts` of its clips.
 
@@ -84,18 +85,18 @@ def split_clips(
         Rows with `run_id`, `participant_id`, `start` (frame; of whole runs `starts`) and, if asked for, `label`.
 
     Raises:
-        InputError: the store has no runs, disagrees with the split file, or lacks a label.
+        InputError: the store has no runs, disagrees with the split file, or a set has nobody to learn from.
     """
     runs = read_manifest(store)["runs"]
     if not runs:
         raise InputError(f"{store}: the store holds no prepared run; see its summary.tsv and prepare again")
     splits = load_splits(splits_file)
     check_participants(splits, {run["participant_id"] for run in runs}, splits_file)
-    members = set(splits["sets"][subset])
+    members = set(splits["sets"][subset]) - (set(target.missing) if target else set())
     chosen = [run for run in runs if run["participant_id"] in members]
     items = clips(chosen, frames=frames, stride=stride, whole_runs=whole_runs)
-    if labelled:
-        labels = _labels(chosen, subset, store)
+    if target is not None:
+        labels = _labels(chosen, target, subset, store)
         if label_shuffle_seed is not None:
             labels = _shuffled(labels, chosen, subset, label_shuffle_seed)
         items = [item | {"label": labels[item["participant_id"]]} for item in items]
@@ -110,21 +111,18 @@ def split_clips(
     return items
 
 
-def _labels(runs: Sequence[dict], subset: str, store: str | Path) -> dict[str, float]:
+def _labels(runs: Sequence[dict], target: Target, subset: str, store: str | Path) -> dict[str, float]:
     """Label of each participant."""
-    for run in runs:
-        if run["diagnosis"] is None:
-            raise InputError(
-                f"{store}: run {run['run_id']} has no diagnosis; add it to participants.tsv and prepare again"
-            )
-    labels = {run["participant_id"]: float(run["diagnosis"]) for run in runs}
+    labels = {run["participant_id"]: target.labels[run["participant_id"]] for run in runs}
+    if not labels:
+        raise InputError(f"{store}: nobody in the {subset} set has a value of {target.column!r}; make other splits")
     if len(set(labels.values())) == 1:
-        only = "cases" if 1.0 in labels.values() else "controls"
+        only = f"{target.column} {target.name_of(next(iter(labels)))}"
         if subset != "test":
             raise InputError(
                 f"{store}: the {subset} set holds only {only}, so there is nothing to tell apart; make other splits"
             )
-        logger.warning("The test set holds only %s: it has no AUROC and no balanced accuracy of its own", only)
+        logger.warning("The test set holds only %s: what compares classes has no value there", only)
     return labels
 
 
@@ -132,7 +130,7 @@ def _shuffled(labels: dict[str, float], runs: Sequence[dict], subset: str, seed:
     """Exchange labels within a set and a site.
 
     In the test set too, or a true difference would show through by chance. Within a site (an exchangeability block,
-    Winkler et al. 2014, NeuroImage 92:381), or cases and controls would differ in their sites by chance.
+    Winkler et al. 2014, NeuroImage 92:381), or the classes would differ in their sites by chance.
     """
     logger.warning("The labels of the %s set are SHUFFLED: a control that must find nothing", subset)
     rng = np.random.default_rng([seed, SETS.index(subset)])

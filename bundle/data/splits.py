@@ -8,10 +8,12 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
+from bundle.data.targets import strata_of
 from bundle.errors import InputError
 from bundle.files import write_json
 from bundle.preparation.store import check_run_id
@@ -22,30 +24,40 @@ SETS = ("train", "validation", "test")
 
 
 def make_splits(
-    runs: Iterable[dict], folds: int = 10, fold: int = 0, seed: int = 0, test_site: str | None = None
+    runs: Iterable[dict],
+    folds: int = 10,
+    fold: int = 0,
+    seed: int = 0,
+    test_site: str | None = None,
+    target: str = "diagnosis",
+    task: str | None = None,
+    classes: Sequence[Any] | None = None,
 ) -> dict:
-    """Split participants, stratified by site and diagnosis.
+    """Split participants, stratified by site and by class, or by parts of a number's range.
 
     The participants are dealt into `folds` equal folds by scikit-learn's `StratifiedKFold`; fold number
     `fold` tests, the next one validates and the others train: 10 folds give 8:1:1. Calling this with every
     `fold` gives cross-validation in which each participant is tested once.
 
     Args:
-        runs: rows with `participant_id`, `site` and `diagnosis` (as in a store's manifest); several
-            rows of one participant must agree.
+        runs: records, as in a store's manifest; several of one participant must agree.
         folds: number of folds, 3 or more.
         fold: which fold tests, 0 to `folds` - 1; ignored when `test_site` is given.
         seed: seed of the shuffle.
         test_site: leave this whole site out for testing; one fold of the others validates.
+        target: column to stratify by, see `bundle.data.targets.strata_of`; participants without a value are dealt out
+            too.
+        task: see there, like `classes`.
+        classes: see there.
 
     Returns:
-        `{"seed", "folds", "fold", "test_site", "sets": {"train", "validation", "test"}, "sha256"}`; the sets
+        `{"seed", "folds", "fold", "test_site", "target", "sets": {"train", "validation", "test"}, "sha256"}`; the sets
         are sorted lists of participant identifiers.
 
     Raises:
         InputError: too few participants, or rows of one participant that disagree.
     """
-    strata = participant_strata(runs)
+    strata = strata_of(runs, target, task, classes, fewest=folds)
     if folds < 3:
         raise InputError(f"folds must be 3 or more (train, validation and test), not {folds}")
     if not 0 <= fold < folds:
@@ -64,7 +76,7 @@ def make_splits(
     for participant in rest:
         sets[names.get(fold_of[participant], "train")].append(participant)
     sets["test"] = sorted(sets["test"] + list(held_out))
-    return {"seed": seed, "folds": folds, "fold": fold, "test_site": test_site} | splits_of(sets)
+    return {"seed": seed, "folds": folds, "fold": fold, "test_site": test_site, "target": target} | splits_of(sets)
 
 
 def splits_of(sets: dict[str, list[str]]) -> dict:
@@ -72,7 +84,9 @@ def splits_of(sets: dict[str, list[str]]) -> dict:
     return {"sets": sets, "sha256": _hash(sets)}
 
 
-def make_all_splits(runs: Iterable[dict], folds: int = 10, seed: int = 0, by_site: bool = False) -> dict[str, dict]:
+def make_all_splits(
+    runs: Iterable[dict], folds: int = 10, seed: int = 0, by_site: bool = False, **target: Any
+) -> dict[str, dict]:
     """Make every split of a cross-validation, in which each participant is tested once.
 
     Args:
@@ -80,6 +94,7 @@ def make_all_splits(runs: Iterable[dict], folds: int = 10, seed: int = 0, by_sit
         folds: number of folds.
         seed: seed of the shuffle, the same for all.
         by_site: leave each site out in turn, instead of each fold.
+        **target: `target`, `task` and `classes`, as for `make_splits`.
 
     Returns:
         Splits (see `make_splits`) by name, `fold-0` ... or `site-<name>` ....
@@ -89,38 +104,26 @@ def make_all_splits(runs: Iterable[dict], folds: int = 10, seed: int = 0, by_sit
     """
     rows = list(runs)
     if not by_site:
-        return {f"fold-{fold}": make_splits(rows, folds, fold, seed) for fold in range(folds)}
-    sites = sorted({site for site, _ in participant_strata(rows).values()})
+        return {f"fold-{fold}": make_splits(rows, folds, fold, seed, **target) for fold in range(folds)}
+    sites = sorted({str(run["site"]) for run in rows})
     if len(sites) < 2:
         raise InputError(f"there is only the site {sites[0]}, so none can be left out; use folds")
     for site in sites:
         check_run_id(site)
-    return {f"site-{site}": make_splits(rows, folds, 0, seed, test_site=site) for site in sites}
+    return {f"site-{site}": make_splits(rows, folds, 0, seed, test_site=site, **target) for site in sites}
 
 
 def save_all_splits(
-    runs: Iterable[dict], folder: str | Path, folds: int = 10, seed: int = 0, by_site: bool = False
+    runs: Iterable[dict], folder: str | Path, folds: int = 10, seed: int = 0, by_site: bool = False, **target: Any
 ) -> list[dict]:
     """Write every split of a cross-validation as FOLDER/<name>.json, and return their counts, a `file` per row."""
     rows = list(runs)
-    made = make_all_splits(rows, folds, seed, by_site)
+    made = make_all_splits(rows, folds, seed, by_site, **target)
     for name, splits in made.items():
         save_splits(splits, Path(folder) / f"{name}.json")
-    return [{"file": f"{name}.json"} | row for name, splits in made.items() for row in count_table(splits, rows)]
-
-
-def participant_strata(runs: Iterable[dict]) -> dict[str, tuple[str, str]]:
-    """Site and diagnosis of each participant, refusing rows of one participant that disagree."""
-    strata: dict[str, tuple[str, str]] = {}
-    for run in runs:
-        stratum = (str(run["site"]), str(run["diagnosis"]))
-        known = strata.setdefault(run["participant_id"], stratum)
-        if known != stratum:
-            raise InputError(
-                f"participant {run['participant_id']} has two site and diagnosis pairs, {known} and {stratum}; "
-                "correct participants.tsv and prepare again"
-            )
-    return strata
+    return [
+        {"file": f"{name}.json"} | row for name, splits in made.items() for row in count_table(splits, rows, **target)
+    ]
 
 
 def _deal(participants: Sequence[str], strata: Sequence[str], folds: int, seed: int) -> dict[str, int]:
@@ -129,11 +132,11 @@ def _deal(participants: Sequence[str], strata: Sequence[str], folds: int, seed: 
         # StratifiedKFold needs one stratum at least as large as the number of folds.
         advice = "give a smaller --folds" if folds > 3 else "add participants (3 folds are the fewest)"
         raise InputError(
-            f"the largest site and diagnosis group has {counts.max()} participants, fewer than {folds} folds; {advice}"
+            f"the largest site and class has {counts.max()} participants, fewer than {folds} folds; {advice}"
         )
     if counts.min() < folds:
         logger.warning(
-            "%d site and diagnosis groups have fewer than %d participants: some folds will not hold them",
+            "%d groups of one site and class have fewer than %d participants: some folds will not hold them",
             int((counts < folds).sum()),
             folds,
         )
@@ -203,9 +206,16 @@ def check_participants(splits: dict, participants: Iterable[str], path: str | Pa
             )
 
 
-def count_table(splits: dict, runs: Iterable[dict]) -> list[dict]:
-    """Count participants per set, site and diagnosis: rows of `set, site, diagnosis, participants`."""
-    strata = participant_strata(runs)
+def count_table(splits: dict, runs: Iterable[dict], **target: Any) -> list[dict]:
+    """Count participants per set, site and class: rows of `set, site, <target>, participants`.
+
+    Args:
+        splits: from `make_splits`.
+        runs: what it was given.
+        **target: `target`, `task` and `classes`, as for `make_splits`.
+    """
+    column = target.get("target", "diagnosis")
+    strata = strata_of(runs, column, target.get("task"), target.get("classes"), fewest=splits.get("folds", 1))
     rows: dict[tuple[str, str, str], int] = {}
     for name in SETS:
         for participant in splits["sets"][name]:
@@ -213,6 +223,6 @@ def count_table(splits: dict, runs: Iterable[dict]) -> list[dict]:
             rows[key] = rows.get(key, 0) + 1
     order = {name: i for i, name in enumerate(SETS)}
     return [
-        {"set": name, "site": site, "diagnosis": diagnosis, "participants": count}
-        for (name, site, diagnosis), count in sorted(rows.items(), key=lambda row: (order[row[0][0]], row[0]))
+        {"set": name, "site": site, column: group, "participants": count}
+        for (name, site, group), count in sorted(rows.items(), key=lambda row: (order[row[0][0]], row[0]))
     ]

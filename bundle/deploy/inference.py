@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from ignite.engine import Engine, Events
-from scipy.special import expit
 
 from bundle.data.clips import clips
 from bundle.errors import InputError
@@ -18,6 +18,7 @@ from bundle.preparation.prepare import prepare, refuse_failed_rows
 from bundle.preparation.sources import find_runs
 from bundle.preparation.store import read_manifest
 from bundle.preparation.transforms import mask_kind
+from bundle.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,9 @@ REFUSED = ("failed", "excluded")
 PACKAGES = ("torch", "monai", "numpy", "scipy", "nibabel", "nilearn")
 COLUMNS = {
     "participant_id": "as in the table of runs, in the file's BIDS name, or the file's name",
-    "probability": "of being a case (1, ADHD; a control is 0), between 0 and 1: sigmoid of the logit, not calibrated",
-    "logit": "of the classifier (log odds of being a case), mean over the participant's clips",
     "clips": "number of clips that were averaged; of a model that scores whole runs, number of runs",
 }
+"""Beside those of the task, see `bundle.tasks.task.Task.describe`."""
 OTHER_MASK = (
     "the runs that the model was trained on have brain masks of another origin (given, or found in the run), so that "
     "z-scores, and hence the probability, differ; give a mask where they had one"
@@ -74,36 +74,36 @@ def prepared_clips(
 
 
 class Predictions:
-    """Evaluator's handler: average the logits of each participant's clips, and write them.
+    """Evaluator's handler: average the outputs of each participant's clips, and write what the task makes of them.
 
-    `predictions.tsv` has a row per participant (see `COLUMNS`). `predictions.json` says beside it what the columns
+    `predictions.tsv` has a row per participant. `predictions.json` says beside it what the columns
     are, which runs could not be used or are doubtful, and why, and what the model and the software are, with the
     model's hash.
 
     Args:
         output_dir: folder of both files.
         store: the store that `prepared_clips` filled; its summary names the runs that failed.
+        task: what is predicted.
         model: what the released model was made with, its `model.json`.
     """
 
-    def __init__(self, output_dir: str | Path, store: str | Path, model: Mapping[str, Any]) -> None:
+    def __init__(self, output_dir: str | Path, store: str | Path, task: Task, model: Mapping[str, Any]) -> None:
         self.output_dir = Path(output_dir)
         self.store = Path(store)
         self.model = model
-        self.logits: list[dict] = []
+        self.task = task
+        self.outputs: dict[str, list[list[float]]] = {}
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Keep the logits of a batch."""
+        """Keep the outputs of a batch."""
         output: Any = engine.state.output
         names = output["label"]["participant_id"]
-        self.logits += [
-            {"participant_id": name, "logit": logit}
-            for name, logit in zip(names, output["pred"].float().flatten().tolist(), strict=True)
-        ]
+        for name, outputs in zip(names, output["pred"].float().tolist(), strict=True):
+            self.outputs.setdefault(name, []).append(outputs)
 
     def report(self) -> None:
         """Write both files, then say which runs could not be used.
@@ -111,9 +111,12 @@ class Predictions:
         Raises:
             InputError: at least one run could not be used (the others are in the table).
         """
-        table = pd.DataFrame(self.logits).groupby("participant_id")["logit"].agg(["mean", "size"])
-        table = table.rename(columns={"mean": "logit", "size": "clips"}).reset_index()
-        table.insert(1, "probability", expit(table["logit"]))
+        task, names = self.task, sorted(self.outputs)
+        means = task.in_units(np.array([np.mean(self.outputs[name], axis=0) for name in names]))
+        found = dict(zip(task.columns, means.T, strict=True)) | task.decisions(means, 0.0)
+        said = {name: meaning for name, meaning in task.describe().items() if name in task.served}
+        table = pd.DataFrame({"participant_id": names} | {name: found[name] for name in said})
+        table["clips"] = [len(self.outputs[name]) for name in names]
         path = self.output_dir / "predictions.tsv"
         rows = pd.read_csv(self.store / "summary.tsv", sep="\t", keep_default_na=False).to_dict("records")
         scored = {row["run_id"] for row in rows if row["status"] not in REFUSED}
@@ -121,7 +124,7 @@ class Predictions:
         warnings = {name: OTHER_MASK for name, kind in kinds.items() if kind not in self.model["brain_masks"]}
         metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
         about = {
-            "columns": COLUMNS,
+            "columns": COLUMNS | said,
             "intended_use": metadata["intended_use"],
             "refused_runs": {row["run_id"]: row["reason"] for row in rows if row["status"] in REFUSED},
             "warnings": warnings,

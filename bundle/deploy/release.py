@@ -9,6 +9,7 @@ from bundle.data.normalisation import Normalisation
 from bundle.errors import InputError
 from bundle.files import file_sha256, write_json
 from bundle.preparation.chain import rebuild_preparation
+from bundle.tasks.kinds import task_from
 from bundle.training.checkpoints import load_checkpoint, saved_facts, write_checkpoint
 from bundle.training.provenance import Provenance
 
@@ -42,6 +43,7 @@ class ReleasedModel:
         record: what it was made with.
         precision: "float32" or "bf16", see `bundle.networks.precision`.
         normalisation: units of what it sees, see `bundle.data.normalisation`.
+        task: what it predicts, see `bundle.tasks`.
         preparation: how its data were prepared, see `bundle.preparation.chain`.
 
     Raises:
@@ -61,10 +63,13 @@ class ReleasedModel:
             raise InputError(
                 f"{source}: does not belong to {self.path.name} (its sha256 differs); release the model again"
             )
-        if missing := {"config", "preparation", "network", "normalisation", "brain_masks"} - set(self.record):
+        if missing := {"config", "preparation", "network", "normalisation", "brain_masks", "task"} - set(self.record):
             raise InputError(f"{source}: does not say its {min(missing)}; train and release with this version")
         self.precision: str = self.record["config"]["precision"]
         self.normalisation = Normalisation(**self.record["normalisation"])
+        if self.record["task"] is None:
+            raise InputError(f"{self.path}: a pretrained network, which predicts nothing; train one, and release that")
+        self.task = task_from(self.record["task"])
         self.preparation = rebuild_preparation(self.record["preparation"], source)
 
     def load_into(self, network: Any) -> None:

@@ -3,13 +3,15 @@
 Both compare a clip with a baseline, the same clip without what is asked about. "temporal_mean": every voxel at its own
 mean, so that a region is taken out by removing its signal over time, while its anatomy stays. "cohort_mean": every
 voxel at its mean over all clips and frames, so that a region becomes that of the average subject: for effects that a
-single frame shows. An attribution is in logits: positive moves the subject towards "case".
+single frame shows. An attribution is in the network's output: of classes the logit of one of them, positive towards it;
+of a regression SD of the training subjects' values.
 
-Measures over subjects: `size`, the mean absolute attribution, which is above 0 for any network;
-and `separation`, cases' mean minus controls' mean: the part of the difference between the groups' logits that comes
-from the region. Where a network has learnt nothing that holds for new subjects, separation is 0 but for chance.
-`separation_per_1000_voxels` is the same for regions of 4 to 29 % of the brain: a large region can separate more only
-because it is large. (Brighter regions also make all others darker, since runs are z-scored over the whole brain.)
+Measures over subjects: `size`, the mean absolute attribution, which is above 0 for any network; and `separation`, the
+class's mean minus the others' mean: the part of the difference between the groups' logits that comes from the region
+(of a regression the slope over the value, per SD). Where a network has learnt nothing that holds for new subjects,
+separation is 0 but for chance. `separation_per_1000_voxels` is the same for regions of 4 to 29 % of the brain: a large
+region can separate more only because it is large. (Brighter regions also make all others darker, since runs are
+z-scored over the whole brain.)
 """
 
 import logging
@@ -34,6 +36,7 @@ from bundle.errors import InputError
 from bundle.evaluation.intervals import value_and_interval
 from bundle.evaluation.maps import draw
 from bundle.files import write_text
+from bundle.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +114,8 @@ def summarise(subjects: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame
     """Size and separation of each unit with bootstrap intervals over subjects.
 
     Args:
-        subjects: rows of `participant_id`, `label` (1 case, 0 control), `method`, `level`, `name`,
-            `voxels` (how many the unit has), `value`.
+        subjects: rows of `participant_id`, `label` (1 of the class that is looked for, else 0; or the standardised
+            value), `method`, `level`, `name`, `voxels` (how many the unit has), `value`.
         resamples: bootstrap resamples.
         seed: of the bootstrap.
 
@@ -124,12 +127,18 @@ def summarise(subjects: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame
     for (method, level), part in subjects.groupby(["method", "level"], sort=False):
         wide = part.pivot_table(index=["participant_id", "label"], columns="name", values="value", sort=False)
         values, label = wide.to_numpy(), wide.index.get_level_values("label").to_numpy()
-        cases, controls = values[label == 1], values[label == 0]
+        if _is_class(label):
+            separation = value_and_interval(
+                (values[label == 1], values[label == 0]), _difference, False, resamples, seed
+            )
+        else:
+            joined = np.concatenate([values, label[:, None]], axis=1)
+            separation = {
+                key: found[:-1] for key, found in value_and_interval((joined,), _slope, False, resamples, seed).items()
+            }
         measures = {
             "size": value_and_interval((np.abs(values),), _mean, paired=False, resamples=resamples, seed=seed),
-            "separation": value_and_interval(
-                (cases, controls), _difference, paired=False, resamples=resamples, seed=seed
-            ),
+            "separation": separation,
         }
         counts = part.drop_duplicates("name").set_index("name")["voxels"][wide.columns].to_numpy()
         per_voxels = {key: 1000 * values / np.maximum(counts, 1) for key, values in measures["separation"].items()}
@@ -143,8 +152,9 @@ def summarise(subjects: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame
 def within_folds(subjects: pd.DataFrame) -> pd.DataFrame:
     """Values around the middle between their fold's two groups, for subjects that several networks have tested.
 
-    Networks of different folds are not on one scale, and sites left out differ: where the share of cases differs
-    between folds, a difference between folds would pass for one between cases and controls.
+    Networks of different folds are not on one scale, and sites left out differ: where the share of a class differs
+    between folds, a difference between folds would pass for one between classes. Of a regression the middle is the
+    fold's mean.
 
     Args:
         subjects: rows as for `summarise`, with `fold` and `seed`.
@@ -153,8 +163,11 @@ def within_folds(subjects: pd.DataFrame) -> pd.DataFrame:
         The rows with their values changed, without those of folds of one class.
     """
     unit = ["fold", "seed", "method", "level", "name"]
-    means = subjects.pivot_table(index=unit, columns="label", values="value").reindex(columns=[0, 1])
-    middle = means.mean(axis=1, skipna=False).rename("middle").reset_index()
+    if _is_class(subjects["label"].to_numpy()):
+        means = subjects.pivot_table(index=unit, columns="label", values="value").reindex(columns=[0, 1])
+        middle = means.mean(axis=1, skipna=False).rename("middle").reset_index()
+    else:
+        middle = subjects.groupby(unit)["value"].mean().rename("middle").reset_index()
     merged = subjects.merge(middle, on=unit, how="left")
     return merged.assign(value=merged["value"] - merged["middle"]).dropna(subset="middle").drop(columns="middle")
 
@@ -163,8 +176,19 @@ def _mean(values: NDArray, axis: int) -> NDArray:
     return values.mean(axis)
 
 
-def _difference(cases: NDArray, controls: NDArray, axis: int) -> NDArray:
-    return cases.mean(axis) - controls.mean(axis)
+def _is_class(label: NDArray) -> bool:
+    return bool(np.isin(label, (0, 1)).all())
+
+
+def _difference(first: NDArray, second: NDArray, axis: int) -> NDArray:
+    return first.mean(axis) - second.mean(axis)
+
+
+def _slope(joined: NDArray, axis: int) -> NDArray:
+    """Slope of each column over the last one, whose own is 1."""
+    centred = joined - joined.mean(axis, keepdims=True)
+    x = centred[..., -1:]
+    return (centred * x).sum(axis) / (x * x).sum(axis)
 
 
 def attribute(
@@ -172,7 +196,9 @@ def attribute(
     inferer: Inferer,
     clips: Sequence[dict[str, Any]],
     transforms: Sequence[Callable],
+    task: Task,
     output_dir: str | Path,
+    of_class: str | None = None,
     levels: Sequence[str] = LEVELS,
     steps: int = 16,
     baseline: str = "temporal_mean",
@@ -189,8 +215,10 @@ def attribute(
             attribute `differentiable` False, where it has one, leaves the integrated gradients out.
         inferer: runs it in the precision that it was trained in.
         clips: dataset of labelled clips, or whole runs, see `bundle.data.clips.split_clips`.
+        task: what is predicted.
         transforms: from a clip to `image` `(channels, X, Y, Z, T)`, on the device.
         output_dir: folder of the files.
+        of_class: name of the class whose logit is attributed; None: the last. Of two classes there is one logit.
         levels: ablate each "group" (9 passes per clip) and each "label" (167 passes).
         steps: of the integrated gradients; each is a forward and a backward pass.
         baseline: what a region is compared with, "temporal_mean" or "cohort_mean"; see the module.
@@ -202,10 +230,16 @@ def attribute(
         The table of `summarise`.
 
     Raises:
-        InputError: there is no such baseline.
+        InputError: there is no such baseline or class.
     """
     if baseline not in BASELINES:
         raise InputError(f"baseline must be one of {', '.join(BASELINES)}, not {baseline!r}")
+    if of_class is not None and (task.outputs == 1 or of_class not in task.classes):
+        known = (
+            f"is one of {', '.join(task.classes)}" if task.outputs > 1 else "is for targets of three classes or more"
+        )
+        raise InputError(f"of_class {known}; it cannot be {of_class!r}")
+    number = task.classes.index(of_class) if of_class is not None else task.outputs - 1
     loaded, prepare = load_atlas(atlas), Compose(transforms)
     members = {level: parcels_of(loaded, level) for level in LEVELS}
     index = {level: parcel_index(loaded, members[level]) for level in LEVELS}
@@ -223,11 +257,16 @@ def attribute(
     def logit(image: Tensor) -> Tensor:
         of_clips = image.unflatten(1, (-1, channels))  # (B, C, channels, X, Y, Z, T)
         counts = ([of_clips.shape[1]] * len(image),) if whole_runs else ()
-        return inferer(of_clips.flatten(0, 1), network, *counts)[:, 0].float()
+        return inferer(of_clips.flatten(0, 1), network, *counts)[:, number].float()
 
     def read(position: int) -> tuple[dict, Tensor]:
         items = [prepare(clip) for clip in clips_of(clips[position])]
         return items[0], torch.cat([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])[None]
+
+    def sought(label: float) -> float:
+        if not task.classes:
+            return float(task.scaled(label))
+        return float(label == (number if task.outputs > 1 else 1))
 
     channels = len(read(0)[0]["image"])
     common = None
@@ -249,7 +288,7 @@ def attribute(
         for (method, level), values in found.items():
             names = {"method": method, "level": level, "name": list(members[level]), "voxels": voxels[level]}
             table = pd.DataFrame(names | {"value": values})
-            tables.append(table.assign(participant_id=item["participant_id"], label=int(item["label"])))
+            tables.append(table.assign(participant_id=item["participant_id"], label=sought(item["label"])))
     keys = ["participant_id", "label", "method", "level", "name", "voxels"]
     subjects = pd.concat(tables).groupby(keys, sort=False)["value"].mean().reset_index()  # over a subject's clips
     summary = summarise(subjects, resamples, seed)

@@ -2,109 +2,102 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from monai.engines import Evaluator
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import structural_rank
-from scipy.special import expit
+from numpy.typing import NDArray
 
 from bundle.evaluation.intervals import bootstrap_interval, clopper_pearson_lower
 from bundle.files import write_json, write_text
-from bundle.tasks.case_control import SubjectScores, subject_scores, youden_threshold
+from bundle.preparation.store import read_manifest
+from bundle.tasks.scores import SubjectScores, measure, once_tested
+from bundle.tasks.task import Results, Task
+
+mpl.use("Agg")  # pictures go to files, also on machines without a display
+from matplotlib import pyplot as plt
 
 logger = logging.getLogger(__name__)
 
+Scores = dict[str, dict[str, float]]
+"""Of each measure `{"value", "low", "high"}`."""
 
-def score_table(
-    labels: np.ndarray, logits: np.ndarray, threshold: float, resamples: int, seed: int
-) -> dict[str, dict[str, float]]:
-    """Scores of one test set with 95 % intervals over subjects, see `with_intervals`.
+
+def score_table(task: Task, tested: Results, sites: NDArray[np.str_], resamples: int, seed: int) -> Scores:
+    """Measures of one test set with 95 % intervals over subjects, see `with_intervals`.
 
     Args:
-        labels: 1 case, 0 control, one per subject. Where one class is absent, as at a small site left out, only the
-            accuracy has a value and nothing has limits.
-        logits: one averaged logit per subject.
-        threshold: logit above which a subject is called a case; from the validation set.
+        task: what is predicted. Where one class is absent, as at a small site left out, what compares classes has no
+            value, and nothing has limits.
+        tested: the test subjects.
+        sites: of each, (n,).
         resamples: number of bootstrap resamples.
         seed: seed of the resampling.
 
     Returns:
-        For each score `{"value", "low", "high"}`, and `majority_accuracy`, what always answering the more
-        frequent class would score.
+        For each measure `{"value", "low", "high"}`; the one of `Task.within` within sites, whose name ends on
+        `_within_site`, where there are several; and what an answer without any input scores.
     """
-    cases, controls = logits[labels == 1], logits[labels == 0]
-    above = pairs_above(cases, controls)
-    correct = ((logits > threshold) == (labels == 1)).astype(float)
-    scores = subject_scores(labels, logits, threshold)
-    table = with_intervals(scores, labels, correct, above, np.ones_like(above), resamples, seed)
-    majority = max(len(cases), len(controls)) / len(labels)
-    table["majority_accuracy"] = {"value": majority, "low": majority, "high": majority}
-    return table
+    table = with_intervals(task, tested, resamples, seed)
+    if len(np.unique(sites)) > 1:
+        table |= within_sites(task, tested, sites, resamples, seed)
+    fixed = task.reference(tested.labels).items()
+    return table | {name: {"value": value, "low": value, "high": value} for name, value in fixed}
 
 
-def pairs_above(cases: np.ndarray, controls: np.ndarray) -> np.ndarray:
-    """Whether each case (n,) scores above each control (m,), (n, m): 1 or 0, and one half for a tie."""
-    return (1 + np.sign(np.subtract.outer(cases, controls))) / 2
+def within_sites(task: Task, tested: Results, sites: NDArray[np.str_], resamples: int, seed: int) -> Scores:
+    """The measure of `Task.within` over subjects of the same fold *and* site, so that sites themselves add nothing."""
+    apart = with_intervals(task, site_by_site(tested, sites), resamples, seed)
+    return {f"{task.within}_within_site": apart[task.within]}
 
 
-def auroc_of_drawn(cases: np.ndarray, controls: np.ndarray, above: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROC of subjects that are drawn so often: cases (..., n), controls (..., m), and `pairs_above` with weights."""
-    with np.errstate(invalid="ignore"):  # where no pair is compared
-        return (cases @ (above * weights) * controls).sum(-1) / (cases @ weights * controls).sum(-1)
+def site_by_site(tested: Results, sites: NDArray[np.str_]) -> Results:
+    """The same subjects, compared within their fold and site alone."""
+    groups = [f"{group}|{site}" for group, site in zip(tested.groups, sites, strict=True)]
+    return replace(tested, groups=np.array(groups))
 
 
-def with_intervals(
-    scores: Mapping[str, float],
-    labels: np.ndarray,
-    correct: np.ndarray,
-    above: np.ndarray,
-    weights: np.ndarray,
-    resamples: int,
-    seed: int,
-) -> dict[str, dict[str, float]]:
-    """Scores with their 95 % expanded percentile bootstrap intervals, cases and controls resampled apart.
+def with_intervals(task: Task, tested: Results, resamples: int, seed: int) -> Scores:
+    """The task's measures with their 95 % expanded percentile bootstrap intervals, the classes resampled apart.
 
-    The smaller of the two groups' sizes stands for the number of subjects (see `bundle.evaluation.intervals`), which
-    is on the safe side. A score of 1 in every resample would have the limits 1 and 1. Its lower limit is the exact one
-    of Clopper and Pearson for as many independent trials as there are disjoint pairs of a case and a control: all of
-    these are right with a probability of at most score^pairs. A score of 0 is treated alike. Another score that no
-    resample changes, as of a constant answer, keeps limits equal to its value.
+    The smallest class's size stands for the number of subjects (see `bundle.evaluation.intervals`), which is on the
+    safe side. A score of 1 in every resample would have the limits 1 and 1. Its lower limit is the exact one of Clopper
+    and Pearson for as many independent trials as the task says: of an AUROC for as many as there are disjoint pairs of
+    a case and a control, since all of these are right with a probability of at most score^pairs. A score of 0 is
+    treated alike. Another score that no resample changes, as of a constant answer, keeps limits equal to its value.
 
     Args:
-        scores: value of "auroc", "balanced_accuracy" and "accuracy".
-        labels: 1 case, 0 control, (n,).
-        correct: how often each subject is called right, 0 to 1, (n,).
-        above: how often a case scores above a control, 0 to 1, (cases, controls).
-        weights: of these pairs in the AUROC, the same shape; 0 for pairs that are not compared.
+        task: what is predicted.
+        tested: the test subjects.
         resamples: number of bootstrap resamples.
         seed: seed of the resampling.
 
     Returns:
         `{"value", "low", "high"}` of each; the limits are NaN where a class has fewer than two subjects.
     """
-    n, m = above.shape
-    cases, controls = correct[labels == 1], correct[labels == 0]
+    measures, strata, n = task.measures(tested), task.strata(tested.labels), len(tested.labels)
 
-    def statistic(first: np.ndarray, second: np.ndarray, axis: int) -> np.ndarray:
-        """The scores (3, ...) of cases (..., n) and controls (..., m) drawn by position, from how often each was."""
-        a = np.apply_along_axis(np.bincount, axis, first, minlength=n)  # (..., n)
-        b = np.apply_along_axis(np.bincount, axis, second, minlength=m)  # (..., m)
-        auroc = auroc_of_drawn(a, b, above, weights)
-        return np.stack([auroc, (a @ cases / n + b @ controls / m) / 2, (a @ cases + b @ controls) / (n + m)])
+    def statistic(*drawn: NDArray, axis: int) -> NDArray:
+        """The measures (m, ...) of each stratum's subjects drawn by position, (..., size) each."""
+        found = []
+        for row in np.ndindex(drawn[0].shape[:-1]):
+            found.append(np.bincount(np.concatenate([part[row] for part in drawn]), minlength=n))
+        counts = np.reshape(found, (*drawn[0].shape[:-1], n)).astype(float)
+        return np.moveaxis(measures(counts), -1, 0)
 
-    ends = bootstrap_interval((np.arange(n), np.arange(m)), statistic, resamples, seed)
-    low, high = (np.broadcast_to(end, 3).tolist() for end in ends)
-    trials = (structural_rank(csr_array(weights)), min(n, m), min(n, m))
+    ends = bootstrap_interval(strata, statistic, resamples, seed)
+    low, high = (np.broadcast_to(end, len(task.metrics)).tolist() for end in ends)
+    trials, values = task.trials(tested), measure(task, tested)
     table = {}
-    for position, name in enumerate(("auroc", "balanced_accuracy", "accuracy")):
-        if low[position] == 1:
-            low[position] = clopper_pearson_lower(trials[position])
-        if high[position] == 0:
-            high[position] = 1 - clopper_pearson_lower(trials[position])
-        table[name] = {"value": scores[name], "low": low[position], "high": high[position]}
+    for position, name in enumerate(task.metrics):
+        if name in trials and low[position] == 1:
+            low[position] = clopper_pearson_lower(trials[name])
+        if name in trials and high[position] == 0:
+            high[position] = 1 - clopper_pearson_lower(trials[name])
+        table[name] = {"value": values[name], "low": low[position], "high": high[position]}
     return table
 
 
@@ -113,18 +106,20 @@ def evaluate(
     tester: Evaluator,
     validation_scores: SubjectScores,
     test_scores: SubjectScores,
+    store: str | Path,
     output_dir: str | Path,
     resamples: int = 2000,
     seed: int = 0,
-) -> dict[str, dict[str, float]]:
-    """Fix the threshold on the validation set, test once, and write `subjects.tsv` and `scores.json`.
+) -> Scores:
+    """Fix the threshold on the validation set, test once, and write `subjects.tsv`, `scores.json` and a picture.
 
     Args:
         validator: evaluator over the validation set, with `validation_scores` attached.
         tester: evaluator over the test set, with `test_scores` attached.
         validation_scores: subject scores of the validation set.
         test_scores: subject scores of the test set.
-        output_dir: folder of the two files.
+        store: the prepared store, which knows the subjects' sites.
+        output_dir: folder of the files.
         resamples: bootstrap resamples.
         seed: seed of the bootstrap.
 
@@ -133,54 +128,62 @@ def evaluate(
     """
     validator.run()
     tester.run()
-    return write_test_scores(
-        pd.DataFrame(validation_scores.subjects), pd.DataFrame(test_scores.subjects), output_dir, resamples, seed
-    )
+    sites = {run["participant_id"]: str(run["site"]) for run in read_manifest(store)["runs"]}
+    task, subjects = test_scores.task, test_scores.subjects
+    subjects.insert(1, "site", [sites[name] for name in subjects["participant_id"]])
+    return write_test_scores(task, validation_scores.subjects, subjects, output_dir, resamples, seed)
 
 
 def write_test_scores(
+    task: Task,
     validation: pd.DataFrame,
     subjects: pd.DataFrame,
     output_dir: str | Path,
     resamples: int = 2000,
     seed: int = 0,
     threshold: float | None = None,
-) -> dict[str, dict[str, float]]:
-    """Score the test subjects at the validation set's threshold; write `subjects.tsv` and `scores.json`.
+) -> Scores:
+    """Score the test subjects at the validation set's threshold; write `subjects.tsv`, `scores.json`, `scores.png`.
 
     Args:
-        validation: `label` and `logit` of each validation subject.
-        subjects: `participant_id`, `label` and `logit` of each test subject.
-        output_dir: folder of the two files.
+        task: what is predicted.
+        validation: `label` and the task's columns of each validation subject.
+        subjects: `participant_id`, `site`, `label` and the task's columns of each test subject.
+        output_dir: folder of the files.
         resamples: bootstrap resamples.
         seed: seed of the bootstrap.
-        threshold: a logit to use instead of the one that is best on the validation set.
+        threshold: to use instead of the one that is best on the validation set.
 
     Returns:
         The table of `score_table` for the test set.
     """
     if threshold is None:
-        threshold = youden_threshold(validation["label"].to_numpy(), validation["logit"].to_numpy())
-    labels, logits = subjects["label"].to_numpy(), subjects["logit"].to_numpy()
-    table = score_table(labels, logits, threshold, resamples, seed)
-    subjects = subjects.assign(probability=expit(logits), predicted=(logits > threshold).astype(int))
+        threshold = task.threshold(*(validation[part].to_numpy(float) for part in ("label", list(task.columns))))
+    tested = once_tested(subjects, task, threshold)
+    table = score_table(task, tested, subjects["site"].to_numpy(str), resamples, seed)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / "subjects.tsv", subjects.to_csv(sep="\t", index=False))
+    write_text(output_dir / "subjects.tsv", task.table(subjects, threshold).to_csv(sep="\t", index=False))
     summary = {
+        "task": task.facts(),
         "subjects": len(subjects),
-        "threshold_logit": threshold,
+        "threshold": threshold,
         "bootstrap_seed": seed,
         "scores": table,
     }
     write_json(output_dir / "scores.json", summary)
+    figure, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
+    task.draw(axes, tested)
+    figure.savefig(output_dir / "scores.png", dpi=110)
+    plt.close(figure)
+    log_scores(table, len(subjects))
+    return table
+
+
+def log_scores(table: Mapping[str, Mapping[str, float]], subjects: int) -> None:
+    """One line per measure."""
     for name, score in table.items():
         logger.info(
             "Test, %d subjects: %s %.3f (95%% interval %.3f to %.3f)",
-            len(subjects),
-            name,
-            score["value"],
-            score["low"],
-            score["high"],
-        )
-    return table
+            subjects, name, score["value"], score["low"], score["high"],
+        )  # fmt: skip

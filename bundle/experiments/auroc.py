@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bundle.evaluation.intervals import bootstrap_interval
-from bundle.evaluation.subjects import auroc_of_drawn, pairs_above
+from bundle.tasks.task import auroc_of_drawn, pairs_above
 
 PAINTED = "painted"
 WHAT = ["cohort", "encoder", "readout", "size", "shuffled", "shifted"]
@@ -91,8 +91,8 @@ def _auroc(tables: Sequence[tuple[NDArray, NDArray]], resamples: int, seed: int)
     n, m = tables[0][0].shape
 
     def statistic(first: NDArray, second: NDArray, axis: int) -> NDArray:
-        a = np.apply_along_axis(np.bincount, axis, first, minlength=n)  # how often each case was drawn
-        b = np.apply_along_axis(np.bincount, axis, second, minlength=m)
+        a = np.apply_along_axis(np.bincount, axis, first, minlength=n).astype(float)  # how often each case was drawn
+        b = np.apply_along_axis(np.bincount, axis, second, minlength=m).astype(float)
         scores = [auroc_of_drawn(a, b, above, weights) for above, weights in tables]
         return scores[0] - scores[1] if len(scores) == 2 else scores[0]
 

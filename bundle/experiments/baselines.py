@@ -1,12 +1,13 @@
-"""What a foundation model has to beat, on the very same splits: majority, site+age+sex, connectivity, head motion.
+"""What a foundation model has to beat, on the very same splits: no input, site, age and sex, connectivity, head motion.
 
-Each baseline is a scikit-learn classifier with one row per participant. It is fitted, and its settings are chosen, on
+Each baseline is a scikit-learn model with one row per participant. It is fitted, and its settings are chosen, on
 the training participants alone; the threshold comes from the validation participants, and the test participants are
 scored once, as for the networks.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,9 +19,7 @@ from nilearn.maskers import NiftiLabelsMasker
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.compose import ColumnTransformer
-from sklearn.dummy import DummyClassifier
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC
@@ -28,12 +27,15 @@ from sklearn.svm import LinearSVC
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import Atlas, labels_on, load_atlas
 from bundle.data.splits import SETS, load_splits
+from bundle.data.targets import read_target
 from bundle.errors import InputError
 from bundle.evaluation.subjects import write_test_scores
 from bundle.files import write_json, write_text
-from bundle.heads.connectivity import ConnectivityClassifier, least_class
+from bundle.heads.connectivity import ConnectivityModel, least_class
 from bundle.preparation.motion import MOTION_COLUMNS, mean_fd_in
 from bundle.preparation.store import read_manifest, read_values, read_voxels
+from bundle.tasks.kinds import task_of
+from bundle.tasks.task import Linear, Task
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +90,8 @@ def participant_series(store: str | Path, runs: Sequence[dict], cache: Path, atl
     return {name: pd.concat(parts)[names] for name, parts in tables.items()}
 
 
-def table_classifier(columns: pd.DataFrame) -> BaseEstimator:
-    """Logistic regression on a participants' table: categories one-hot, numbers imputed and scaled."""
+def table_model(columns: pd.DataFrame, linear: BaseEstimator) -> BaseEstimator:
+    """A linear model on a participants' table: categories one-hot, numbers imputed and scaled."""
     numbers = [name for name in columns if pd.api.types.is_numeric_dtype(columns[name])]
     categories = [name for name in columns if name not in numbers]
     encoder = ColumnTransformer(
@@ -98,13 +100,13 @@ def table_classifier(columns: pd.DataFrame) -> BaseEstimator:
             ("category", OneHotEncoder(handle_unknown="ignore"), categories),
         ]
     )
-    return make_pipeline(encoder, LogisticRegression(max_iter=1000))
+    return make_pipeline(encoder, linear)
 
 
 def participants_table(runs: Sequence[dict]) -> pd.DataFrame:
-    """One row per participant: `site`, `diagnosis` and the other columns, with lower-case names."""
+    """One row per participant: `site` and the other columns, with lower-case names."""
     rows = {
-        run["participant_id"]: {"site": str(run["site"]), "diagnosis": run["diagnosis"]}
+        run["participant_id"]: {"site": str(run["site"])}
         | {str(name).lower(): value for name, value in run["participant"].items()}
         for run in runs
     }
@@ -135,44 +137,88 @@ def mean_motion(runs: Sequence[dict]) -> pd.DataFrame | None:
 Features: TypeAlias = pd.DataFrame | dict[str, NDArray]
 
 
-def _majority(store: str | Path, runs: Sequence[dict], cache: Path, seed: int) -> tuple[Features, BaseEstimator]:
-    return participants_table(runs)[["site"]], DummyClassifier(strategy="prior")
+@dataclass(frozen=True)
+class Given:
+    """What a baseline may look at.
+
+    Attributes:
+        store: the prepared store.
+        runs: records of the participants who have a label.
+        cache: folder of the region series, which all folds share.
+        task: what is predicted.
+        atlas: whose labels connectivity is of.
+        seed: of the inner folds.
+    """
+
+    store: str | Path
+    runs: Sequence[dict]
+    cache: Path
+    task: Task
+    atlas: Atlas
+    seed: int
 
 
-def _site_age_sex(store: str | Path, runs: Sequence[dict], cache: Path, seed: int) -> tuple[Features, BaseEstimator]:
-    table = participants_table(runs)
-    columns = table[[name for name in ("site", "age", "sex") if name in table]]
-    return columns, table_classifier(columns)
+def _constant(given: Given) -> tuple[Features, BaseEstimator]:
+    return participants_table(given.runs)[["site"]], given.task.constant()
 
 
-def _head_motion(store: str | Path, runs: Sequence[dict], cache: Path, seed: int) -> tuple[Features, BaseEstimator]:
-    motion = mean_motion(runs)
-    if motion is None:
-        raise InputError(
-            f"{store}: no head motion is known; add a column mean_fd (mm) to participants.tsv and prepare again, keep "
-            "fMRIPrep's confounds beside the BOLD files, or take head_motion off the baselines"
-        )
-    return motion, table_classifier(motion)
+def _columns(*names: str) -> Callable[[Given], tuple[Features, BaseEstimator]]:
+    """Some columns of the participants' table, without the target itself."""
 
-
-def _connectivity(classifier: Callable[[int], BaseEstimator]) -> Callable:
-    def make(store: str | Path, runs: Sequence[dict], cache: Path, seed: int) -> tuple[Features, BaseEstimator]:
-        tables = participant_series(store, runs, cache, load_atlas())
-        return {name: table.to_numpy() for name, table in tables.items()}, ConnectivityClassifier(
-            classifier(seed), seed
-        )
+    def make(given: Given) -> tuple[Features, BaseEstimator]:
+        table = participants_table(given.runs)
+        columns = table[[name for name in names if name in table and name != given.task.column.lower()]]
+        if columns.empty:
+            raise InputError(f"{given.store}: the participants have no column {' or '.join(names)} beside the target")
+        return columns, table_model(columns, given.task.linear(given.seed)[0])
 
     return make
 
 
-BASELINES: dict[str, Callable[..., tuple[Features, BaseEstimator]]] = {
-    "majority": _majority,
-    "site_age_sex": _site_age_sex,
-    "head_motion": _head_motion,
-    "connectivity_logistic": _connectivity(lambda seed: LogisticRegression(max_iter=5000, random_state=seed)),
-    "connectivity_svm": _connectivity(lambda seed: LinearSVC(random_state=seed)),
+def _head_motion(given: Given) -> tuple[Features, BaseEstimator]:
+    motion = mean_motion(given.runs)
+    if motion is None:
+        raise InputError(
+            f"{given.store}: no head motion is known; add a column mean_fd (mm) to participants.tsv and prepare again, "
+            "keep fMRIPrep's confounds beside the BOLD files, or take head_motion off the baselines"
+        )
+    return motion, table_model(motion, given.task.linear(given.seed)[0])
+
+
+def _connectivity(of_task: Callable[[Task, int], Linear]) -> Callable[[Given], tuple[Features, BaseEstimator]]:
+    def make(given: Given) -> tuple[Features, BaseEstimator]:
+        tables = participant_series(given.store, given.runs, given.cache, given.atlas)
+        series = {name: table.to_numpy() for name, table in tables.items()}
+        return series, ConnectivityModel(*of_task(given.task, given.seed), seed=given.seed)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline: what it makes of what is given, and whether it tells classes apart, predicts numbers, or both."""
+
+    make: Callable[[Given], tuple[Features, BaseEstimator]]
+    classes: bool = True
+    numbers: bool = True
+
+    def suits(self, kind: str) -> bool:
+        """Whether it can be used for a kind of task."""
+        return self.numbers if kind == "regression" else self.classes
+
+
+BASELINES: dict[str, Baseline] = {
+    "majority": Baseline(_constant, numbers=False),
+    "training_mean": Baseline(_constant, classes=False),
+    "site": Baseline(_columns("site")),
+    "site_age_sex": Baseline(_columns("site", "age", "sex")),
+    "head_motion": Baseline(_head_motion),
+    "connectivity_logistic": Baseline(_connectivity(lambda task, seed: task.linear(seed)), numbers=False),
+    "connectivity_svm": Baseline(
+        _connectivity(lambda task, seed: (LinearSVC(random_state=seed), *task.linear(seed)[1:])), numbers=False
+    ),
+    "connectivity_ridge": Baseline(_connectivity(lambda task, seed: task.linear(seed)), classes=False),
 }
-"""Name to a function that returns the features of each participant and the classifier."""
 
 
 def run_baseline(
@@ -183,6 +229,7 @@ def run_baseline(
     cache: str | Path,
     resamples: int = 2000,
     seed: int = 0,
+    target: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Fit a baseline on the training set, fix its threshold on the validation set, and test it once.
 
@@ -194,46 +241,52 @@ def run_baseline(
         cache: folder of the region series, which all folds share.
         resamples: bootstrap resamples.
         seed: of the inner folds and of the bootstrap.
+        target: `column`, `task` and `classes`, as for `bundle.data.targets.read_target`; the diagnosis if None.
 
     Returns:
-        The table of `bundle.evaluation.subjects.subjects.score_table`.
+        The table of `bundle.evaluation.subjects.score_table`.
 
     Raises:
-        InputError: a participant has no diagnosis, or what the baseline needs is not known.
+        InputError: what the baseline needs is not known, or it does not suit the task.
     """
-    runs = read_manifest(store)["runs"]
-    diagnosis = participants_table(runs)["diagnosis"]
-    if diagnosis.isna().any():
-        raise InputError(f"{store}: {diagnosis.index[diagnosis.isna()][0]} has no diagnosis; add it and prepare again")
-    features, model = BASELINES[name](store, runs, Path(cache), seed)
-    sets = load_splits(splits_file)["sets"]
-    rows = {subset: (_select(features, sets[subset]), diagnosis[sets[subset]].to_numpy(int)) for subset in SETS}
-    least_class(rows["train"][1])
-    model.fit(*rows["train"])
-    tables = {
-        subset: pd.DataFrame(
-            {"participant_id": sets[subset], "label": rows[subset][1], "logit": _logits(model, rows[subset][0])}
-        )
-        for subset in ("validation", "test")
+    wanted = read_target(store, **(target or {}))
+    task = task_of(wanted, splits_file)
+    if not BASELINES[name].suits(task.kind):
+        raise InputError(f"the baseline {name} does not suit a {task.kind} target; {suitable(task.kind)}")
+    runs = [run for run in read_manifest(store)["runs"] if run["participant_id"] in wanted.labels]
+    features, model = BASELINES[name].make(Given(store, runs, Path(cache), task, load_atlas(), seed))
+    sites = {run["participant_id"]: str(run["site"]) for run in runs}
+    sets = {
+        subset: [participant for participant in members if participant in wanted.labels]
+        for subset, members in load_splits(splits_file)["sets"].items()
     }
+    if task.classes:
+        least_class(np.array([wanted.labels[participant] for participant in sets["train"]]))
+    tables = {}
+    for subset in SETS:
+        rows, labels = _select(features, sets[subset]), np.array([wanted.labels[p] for p in sets[subset]])
+        labels = labels.astype(int) if task.classes else labels
+        if subset == "train":
+            model.fit(rows, labels)
+            continue
+        columns = {"participant_id": sets[subset], "site": [sites[p] for p in sets[subset]], "label": labels}
+        tables[subset] = pd.DataFrame(columns)
+        tables[subset][list(task.columns)] = task.predict(model, rows)
     # a constant score has no threshold to choose: the more frequent class of the training set is the answer
     threshold = 0.0 if name == "majority" else None
-    table = write_test_scores(tables["validation"], tables["test"], folder, resamples, seed, threshold)
+    table = write_test_scores(task, tables["validation"], tables["test"], folder, resamples, seed, threshold)
     facts: dict[str, Any] = {"baseline": name, "chosen": getattr(model, "best_params_", {})}
     facts["features"] = list(features) if isinstance(features, pd.DataFrame) else "connectivity"
     write_json(Path(folder) / "baseline.json", facts)
     return table
 
 
+def suitable(kind: str) -> str:
+    """Which baselines suit a kind of task, as advice."""
+    return f"choose from {', '.join(name for name, baseline in BASELINES.items() if baseline.suits(kind))}"
+
+
 def _select(features: Features, participants: Sequence[str]) -> Any:
     return (
         features.loc[list(participants)] if isinstance(features, pd.DataFrame) else [features[p] for p in participants]
     )
-
-
-def _logits(model: BaseEstimator, rows: Any) -> NDArray[np.float64]:
-    """Signed score of each row, above 0 for "case": the distance to the boundary, or the log odds."""
-    if hasattr(model, "decision_function"):
-        return model.decision_function(rows)
-    log = model.predict_log_proba(rows)  # (n, 2)
-    return log[:, 1] - log[:, 0]

@@ -21,7 +21,7 @@ from bundle.data.splits import SETS, count_table, load_splits
 from bundle.evaluation.figures import mask_overlay
 from bundle.experiments.trial import learning_curves
 from bundle.files import write_text
-from bundle.pages import drawn, embedded, render
+from bundle.pages import drawn, embedded, measure_name, render
 from bundle.preparation.chain import load_preparation
 from bundle.preparation.prepare import GOOD_OVERLAP
 from bundle.preparation.run_report import rugs
@@ -32,12 +32,6 @@ from matplotlib.image import imread
 
 PANEL = "original | masked | reconstructed"
 NAMES = {0: "control", 1: "case"}
-SCORES = {
-    "auroc": "AUROC",
-    "balanced_accuracy": "balanced accuracy",
-    "accuracy": "accuracy",
-    "majority_accuracy": "accuracy of always saying the more frequent class",
-}
 PLANTED = {
     "coupling": "how strongly they vary together over time, which no single frame shows,",
     "pattern": "how strongly the patterns inside their labels vary together over time",
@@ -64,7 +58,7 @@ def write_demo_report(folder: str | Path, regions: str | Sequence[str] = "limbic
     subjects = pd.read_csv(evaluation / "subjects.tsv", sep="\t")
     sites = {run["participant_id"]: run["site"] for run in runs}
     test = json.loads((evaluation / "scores.json").read_text())
-    threshold = float(expit(test["threshold_logit"]))
+    threshold = float(expit(test["threshold"]))
     summary = pd.read_csv(store / "summary.tsv", sep="\t").fillna({"warnings": "", "reason": ""}).to_dict("records")
     low = {"coverage": load_preparation().min_coverage, "mni_overlap": GOOD_OVERLAP}
     context = {
@@ -85,7 +79,7 @@ def write_demo_report(folder: str | Path, regions: str | Sequence[str] = "limbic
         "names": NAMES,
         "threshold": threshold,
         "subject_plot": drawn(subject_figure(subjects, threshold)),
-        "scores": {SCORES[name]: score for name, score in test["scores"].items()},
+        "scores": {measure_name(name): score for name, score in test["scores"].items()},
         "score_plot": drawn(score_figure(test["scores"])),
         "rugs": [line for line in rugs(summary, low) if line["unit"] == "%"],
     }
@@ -97,7 +91,8 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row per site: "site", and for each set the numbers of controls and cases."""
     table = pd.DataFrame(rows).set_index(["site", "set", "diagnosis"])["participants"]
     return [
-        {"site": site} | {name: [int(table.get((site, name, label), 0)) for label in ("0", "1")] for name in SETS}
+        {"site": site}
+        | {name: [int(table.get((site, name, label), 0)) for label in ("control", "adhd")] for name in SETS}
         for site in sorted(table.index.unique("site"))
     ]
 
@@ -208,6 +203,6 @@ def score_figure(scores: Mapping[str, Mapping[str, float | None]]) -> Figure:
         axes.plot([low, high], [row, row], color=_BLUE, linewidth=2.5, solid_capstyle="round")
         axes.plot([value], [row], "o", color=_BLUE, markersize=8)
     axes.axvline(0.5, color="black", linewidth=0.9, linestyle="--")
-    axes.set_yticks(range(len(names)), [SCORES[name] for name in names])
+    axes.set_yticks(range(len(names)), [measure_name(name) for name in names])
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.6, len(names) - 0.4))
     return figure

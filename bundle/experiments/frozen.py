@@ -12,9 +12,8 @@ from monai.transforms import Compose
 from nilearn import signal
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
@@ -23,21 +22,25 @@ from bundle.anatomy.atlas import labels_on, load_atlas, region_labels
 from bundle.anatomy.parcels import parcel_index, parcels_of
 from bundle.data.clips import clips, shuffled_within
 from bundle.data.normalisation import Normalisation
+from bundle.data.targets import target_of
 from bundle.data.transforms import ScatterClipd, TakeClipd, TimeLastd
 from bundle.errors import InputError
 from bundle.experiments.baselines import participant_series
 from bundle.heads.attention import AttentionClassifier
-from bundle.heads.connectivity import KINDS, PENALTIES, ConnectivityClassifier, least_class
+from bundle.heads.connectivity import KINDS, ConnectivityModel, inner_folds
 from bundle.heads.covariance import CovarianceReadout
 from bundle.heads.pooling import pool
 from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.preparation import store
+from bundle.tasks.binary import Binary
 from bundle.training.checkpoints import encoder_weights, load_checkpoint, saved_facts
 
 CONNECTIVITY = ("connectivity of labels", "connectivity of groups", "connectivity of components")
 """Readouts without an encoder: of all labels, as the baseline of a sweep; of the groups' means; of `COMPONENTS`
 principal components of each group's labels, as the covariance readout has them of an encoder's channels."""
 COMPONENTS = 2
+TASK = Binary("diagnosis", ("control", "adhd"))
+"""What synthetic and painted cohorts are told apart by."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ def _tested(
         rows: False: what the readout is given of each subject; True: the same with regions shifted in time.
         readout: fits and scores.
     """
-    labels = np.array([run["diagnosis"] for run in runs])
-    strata = [f"{run['site']} {run['diagnosis']}" for run in runs]
+    target = target_of(runs)
+    labels = np.array([int(target.labels[run["participant_id"]]) for run in runs])
+    strata = [f"{run['site']} {label}" for run, label in zip(runs, labels, strict=True)]
     rng = np.random.default_rng(design.seed)
     shuffled = shuffled_within([str(run["site"]) for run in runs], labels, rng)
     folds = StratifiedKFold(design.folds, shuffle=True, random_state=design.seed)
@@ -105,7 +109,8 @@ def records_of(folder: Path) -> list[dict]:
     runs = store.read_manifest(folder)["runs"]
     if len({run["participant_id"] for run in runs}) < len(runs):
         raise InputError(f"{folder}: a participant has several runs; these cohorts have one each")
-    least_class(np.array([run["diagnosis"] for run in runs]))
+    if (kind := target_of(runs, source=folder).kind) != TASK.kind:
+        raise InputError(f"{folder}: these cohorts have two groups, but the diagnosis makes a {kind} task")
     return runs
 
 
@@ -123,8 +128,8 @@ def connectivity_rows(design: Design, folder: Path) -> Iterator[dict[str, Any]]:
     members = [columns[columns >= 0] for columns in members if max(columns) >= 0]
 
     def fitted(rows: list, truth: NDArray, test: list, **options: Any) -> NDArray:
-        classifier = LogisticRegression(max_iter=5000, random_state=design.seed)
-        return ConnectivityClassifier(classifier, design.seed, **options).fit(rows, truth).decision_function(test)
+        model = ConnectivityModel(*TASK.linear(design.seed), design.seed, **options).fit(rows, truth)
+        return model.decision_function(test)[:, 0]
 
     def reduced(rows: list, truth: NDArray, test: list) -> NDArray:
         joined = np.concatenate(rows)
@@ -238,15 +243,16 @@ def _features(
 
 
 def _covariance(head: CovarianceReadout, seed: int, rows: list, labels: NDArray, test: list) -> NDArray:
-    head.fit(rows, labels.tolist(), seed)
+    head.fit(rows, labels.tolist(), TASK, seed)
     return head(torch.cat(test), [len(run) for run in test])[:, 0].numpy()
 
 
 def _mean(seed: int, rows: list, labels: NDArray, test: list) -> NDArray:
     """The best that a linear unit on the mean token can do: a logistic regression whose penalty is tuned."""
-    folds = StratifiedKFold(min(5, least_class(labels)), shuffle=True, random_state=seed)
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-    search = GridSearchCV(model, {"logisticregression__C": list(PENALTIES)}, scoring="roc_auc", cv=folds)
+    linear, penalties, scoring = TASK.linear(seed)
+    model = Pipeline([("scale", StandardScaler()), ("linear", linear)])
+    grid = {f"linear__{name}": strengths for name, strengths in penalties.items()}
+    search = GridSearchCV(model, grid, scoring=scoring, cv=inner_folds(labels, linear, seed))
     search.fit([run.mean((0, 1)).numpy() for run in rows], labels)
     return search.decision_function([run.mean((0, 1)).numpy() for run in test])
 

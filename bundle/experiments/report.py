@@ -14,17 +14,11 @@ from tqdm.auto import tqdm
 from bundle.anatomy.atlas import Atlas, load_atlas
 from bundle.evaluation import attribution, reconstruction
 from bundle.evaluation.maps import draw
-from bundle.experiments.statistics import (
-    METRICS,
-    REFERENCE,
-    Outcomes,
-    compare,
-    finished_trials,
-    metric_of,
-    read_outcomes,
-)
+from bundle.experiments.statistics import REFERENCE, Outcomes, compare, finished_trials, read_outcomes
 from bundle.files import slug, write_text
-from bundle.pages import embedded, render
+from bundle.pages import embedded, measure_name, render
+from bundle.tasks.scores import measure
+from bundle.tasks.task import Task
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 from matplotlib import pyplot as plt
@@ -32,6 +26,11 @@ from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
+SEPARATION = {
+    "binary": "Part of the difference between the two classes' mean logits",
+    "multiclass": "Part of the difference between the last class's and the others' mean logit for it",
+    "regression": "Part of the slope of the prediction over the true value",
+}
 Trials = list[tuple[Path, dict]]
 
 
@@ -66,7 +65,11 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
     regions = region_reconstruction(trials, atlas, resamples, seed)
     write_text(results / "table.csv", table.to_csv(index=False))
     write_text(results / "regions.csv", regions.to_csv(index=False))
-    _save(forest_plot(table, label), pictures / "forest.png")
+    task = next(iter(tested.values())).task
+    _save(forest_plot(table, task, label), pictures / "forest.png")
+    outcome = {name: f"outcome_{slug(name)}.png" for name in tested}
+    for name, file in outcome.items():
+        _save(outcome_plot(tested[name], label), pictures / file)
     curves = {stage: figure for stage in ("pretrain", "train") if (figure := curves_plot(trials, stage, label))}
     for stage, figure in curves.items():
         _save(figure, pictures / f"curves_{stage}.png")
@@ -80,6 +83,10 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
         "data": data,
         "plan": plan,
         "reference": reference,
+        "separation": SEPARATION[task.kind],
+        "task": task,
+        "metrics": [name for name in (*task.metrics, f"{task.within}_within_site") if name in table],
+        "outcome": outcome,
         "resamples": resamples,
         "table": table.to_dict("records"),
         "by_fold": by_fold(tested).to_dict("records"),
@@ -153,48 +160,59 @@ def _wide(regions: pd.DataFrame) -> dict[str, Any]:
 
 
 def by_fold(tested: Mapping[str, Outcomes]) -> pd.DataFrame:
-    """AUROC and accuracy of each strategy in each fold (each site left out, in a leave-one-site-out sweep)."""
+    """The measures of each strategy in each fold (each site left out, in a leave-one-site-out sweep)."""
     rows = []
     for strategy, own in tested.items():
         for fold in dict.fromkeys(own.folds):
             part = own.select([p for p, f in zip(own.participants, own.folds, strict=True) if f == fold])
-            scores = {metric: metric_of(part, metric) for metric in METRICS}
-            counts = {"subjects": len(part.labels), "cases": int(part.labels.sum())}
-            rows.append({"strategy": strategy, "fold": fold} | counts | scores)
+            scores = measure(part.task, part.tested)
+            rows.append({"strategy": strategy, "fold": fold, "subjects": len(part.participants)} | scores)
     return pd.DataFrame(rows).sort_values(["fold", "strategy"])
 
 
 def one_class_folds(tested: Mapping[str, Outcomes]) -> list[str]:
-    """Folds (or sites) whose test subjects are all cases or all controls, with their number: "west (3 controls)"."""
+    """Folds (or sites) whose test subjects are all of one class, with their number: "west (3 control)"."""
+    task = next(iter(tested.values())).task
     people = pd.concat(
-        [pd.DataFrame({"name": own.participants, "fold": own.folds, "label": own.labels}) for own in tested.values()]
+        [
+            pd.DataFrame({"name": own.participants, "fold": own.folds, "label": own.tested.labels})
+            for own in tested.values()
+        ]
     ).drop_duplicates("name")
-    counts = people.groupby("fold")["label"].agg(["size", "mean"])
-    classes = {0: "control", 1: "case"}
+    folds = people.groupby("fold")["label"]
     return [
-        f"{fold} ({row['size']:.0f} {classes[row['mean']]}{'s' if row['size'] > 1 else ''})"
-        for fold, row in counts.iterrows()
-        if row["mean"] in classes
+        f"{fold} ({len(labels)} {task.classes[int(labels.iloc[0])]})"
+        for fold, labels in folds
+        if task.classes and labels.nunique() == 1
     ]
 
 
-def forest_plot(table: pd.DataFrame, label: str) -> Figure:
-    """AUROC and balanced accuracy of every strategy with their intervals; the line is chance."""
+def forest_plot(table: pd.DataFrame, task: Task, label: str) -> Figure:
+    """Two measures of every strategy with their intervals; the line is what knows nothing."""
     figure, panels = plt.subplots(
         1, 2, figsize=(10, 1.2 + 0.32 * len(table)), sharey=True, layout="constrained", squeeze=False
     )
     rows = np.arange(len(table))[::-1]
     colours = ["#777777" if kind == "baseline" else "#225588" for kind in table["kind"]]
-    for axes, metric in zip(panels[0], ("auroc", "balanced_accuracy"), strict=True):
+    for axes, (metric, chance) in zip(panels[0], task.chance.items(), strict=True):
         low, high = table[f"{metric}_low"], table[f"{metric}_high"]
         axes.hlines(rows, low, high, colors=colours, linewidth=2)
         axes.scatter(table[metric], rows, c=colours, s=36, zorder=3)
-        axes.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
-        axes.set_xlim(0, 1)
-        axes.set_xlabel(f"{metric.replace('_', ' ').replace('auroc', 'AUROC')} (95 % interval over subjects)")
+        axes.axvline(chance, color="black", linewidth=0.8, linestyle="--")
+        if task.classes:
+            axes.set_xlim(0, 1)
+        axes.set_xlabel(f"{measure_name(metric)} (95 % interval over subjects)")
         axes.grid(axis="x", alpha=0.3)
     panels[0][0].set_yticks(rows, table["strategy"])
-    figure.suptitle(f"Test scores {label and '– ' + label}")
+    figure.suptitle(f"Test scores of {task.column} {label and '– ' + label}")
+    return figure
+
+
+def outcome_plot(own: Outcomes, label: str) -> Figure:
+    """What `Task.draw` shows of one strategy, over all folds and seeds."""
+    figure, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
+    own.task.draw(axes, own.tested)
+    figure.suptitle(label)
     return figure
 
 
@@ -250,7 +268,7 @@ def attribution_figures(
             continue
         summary = attribution.summarise(subjects, resamples, seed)
         for method, part in summary[summary["measure"] == "separation_per_1000_voxels"].groupby("method"):
-            title = f"{str(method).replace('_', ' ')}, cases − controls, logits/1000 voxels {label and '– ' + label}"
+            title = f"{str(method).replace('_', ' ')}, separation per 1000 voxels {label and '– ' + label}"
             stem = pictures / f"attribution_{slug(strategy)}_{method}"
             draw(part, atlas, stem, title)
             names = [f"{stem.name}_bars.png", f"{stem.name}_brain.png"]

@@ -13,6 +13,7 @@ A sweep is a small JSON file:
     baselines   names of `bundle.experiments.baselines.BASELINES`
     seeds       of the networks
     configs     overlays for every stage, such as "demo"
+    target      column to predict; "diagnosis" by default, and beside it task and classes, as in train.json
     overrides   config id to value, for every stage
     pretrain    the same, for pretraining only
     train       the same, for classification and what follows it
@@ -36,8 +37,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from bundle.data.splits import make_splits, save_splits
+from bundle.data.targets import strata_of, target_of
 from bundle.errors import InputError
-from bundle.experiments.baselines import BASELINES, mean_motion
+from bundle.experiments.baselines import BASELINES, mean_motion, suitable
 from bundle.experiments.trial import REGION, Strategy, Trial, is_finished, run_trial
 from bundle.files import config_file, slug, write_json, write_text
 from bundle.preparation.store import read_manifest
@@ -58,6 +60,9 @@ class Sweep:
     splits: Mapping[str, Any]
     strategies: Sequence[Any] = ()
     baselines: Sequence[str] = ()
+    target: str = "diagnosis"
+    task: str | None = None
+    classes: Sequence[Any] | None = None
     seeds: Sequence[int] = (0,)
     configs: Sequence[str] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -136,7 +141,11 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
     """
     runs = read_manifest(sweep.store)["runs"]
     results = Path(sweep.results).absolute()
-    folds = _folds(sweep.splits, runs)
+    target = {"target": sweep.target, "task": sweep.task, "classes": sweep.classes}
+    kind = target_of(runs, sweep.target, sweep.task, sweep.classes, sweep.store).kind
+    if unsuited := [name for name in sweep.baselines if not BASELINES[name].suits(kind)]:
+        raise InputError(f"the baseline {unsuited[0]} does not suit a {kind} target; {suitable(kind)}")
+    folds = _folds(sweep.splits, runs, target)
     _refuse_shared_files("sites", folds)
     _refuse_shared_files("strategies", [strategy.name for strategy in strategies(sweep)])
     # with their hash: another plan for the same folder never changes the splits of a trial that waits
@@ -147,6 +156,7 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
         "data": read_manifest(sweep.store)["parameters_hash"],
         "runs": [[run[key] for key in ("run_id", "source_sha256", "site", "diagnosis", "participant")] for run in runs],
         "resamples": sweep.bootstrap_resamples,
+        "target": target,
         "version": version("brain-fmri-roi-mae"),
     }
     networks_only = {
@@ -192,6 +202,7 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
                 overrides=dict(sweep.overrides),
                 steps=tuple(sweep.steps),
                 resamples=sweep.bootstrap_resamples,
+                target=target,
                 directory=str(Path.cwd()),
                 pretraining="" if strategy.mask is None else _hash(shared | pretraining)[:16],
                 sha256=_hash(shared | own),
@@ -216,7 +227,7 @@ def _in_order(kinds: list, folds: Mapping[str, dict]) -> Iterator[tuple]:
             yield from ((kind, fold) for kind in kinds if kind[1:] == seed)
 
 
-def _folds(splits: Mapping[str, Any], runs: Sequence[dict]) -> dict[str, dict]:
+def _folds(splits: Mapping[str, Any], runs: Sequence[dict], target: Mapping[str, Any]) -> dict[str, dict]:
     """Split of each fold, or each site left out, by name."""
     unknown = set(splits) - {"folds", "seed", "test"}
     if unknown:
@@ -224,9 +235,9 @@ def _folds(splits: Mapping[str, Any], runs: Sequence[dict]) -> dict[str, dict]:
     folds, seed, test = splits.get("folds", 10), splits.get("seed", 0), splits.get("test", "all")
     if test == "sites":
         sites = sorted({str(run["site"]) for run in runs})
-        return {site: make_splits(runs, folds=folds, seed=seed, test_site=site) for site in sites}
+        return {site: make_splits(runs, folds=folds, seed=seed, test_site=site, **target) for site in sites}
     chosen = range(folds) if test == "all" else test
-    return {str(fold): make_splits(runs, folds=folds, fold=fold, seed=seed) for fold in chosen}
+    return {str(fold): make_splits(runs, folds=folds, fold=fold, seed=seed, **target) for fold in chosen}
 
 
 def _refuse_shared_files(what: str, names: Iterable[str]) -> None:
@@ -295,18 +306,25 @@ def _executor(workers: int, scheduler: str | None) -> Iterator[Executor]:
         yield remote
 
 
-def describe_data(store: str | Path) -> dict[str, Any]:
-    """Summary of a store for the report; `synthetic` is None where the source files are gone."""
-    manifest = read_manifest(store)
+def describe_data(sweep: Sweep) -> dict[str, Any]:
+    """Summary of a sweep's data for the report; `synthetic` is None where the source files are gone."""
+    manifest = read_manifest(sweep.store)
     runs = manifest["runs"]
-    table = pd.DataFrame([{key: run[key] for key in ("participant_id", "site", "diagnosis")} for run in runs])
-    people = table.drop_duplicates("participant_id").fillna("unknown").astype(str)
-    counts = people.groupby(["site", "diagnosis"]).size().rename("participants").reset_index()
+    strata = strata_of(runs, sweep.target, sweep.task, sweep.classes)
+    people = pd.DataFrame(list(strata.values()), columns=["site", "group"])
+    counts = people.groupby(["site", "group"]).size().rename("participants").reset_index()
+    target = target_of(runs, sweep.target, sweep.task, sweep.classes, sweep.store)
     return {
-        "store": str(Path(store).absolute()),
+        "store": str(Path(sweep.store).absolute()),
+        "target": {
+            "column": target.column,
+            "kind": target.kind,
+            "classes": target.classes,
+            "missing": len(target.missing),
+        },
         "runs": len(runs),
         "participants": len(people),
-        "by_site_and_diagnosis": counts.to_dict("records"),
+        "by_site_and_group": counts.to_dict("records"),
         "frames": {"least": min(run["frames"] for run in runs), "most": max(run["frames"] for run in runs)},
         "tr_in_s": sorted({run["tr_in"] for run in runs}),
         "parameters": manifest["parameters"],
@@ -329,7 +347,7 @@ def _write_plan(sweep: Sweep, trials: Sequence[Trial]) -> None:
     plan = asdict(sweep) | {"trials": {Path(trial.folder).name: trial.sha256 for trial in trials}}
     plan["directory"] = str(Path.cwd())
     write_json(results / "sweep.json", plan)
-    write_json(results / "data.json", describe_data(sweep.store))
+    write_json(results / "data.json", describe_data(sweep))
     masks = [overlay for strategy in strategies(sweep) for overlay in strategy.overlays + strategy.readouts]
     for name in dict.fromkeys(["pretrain", "train", "evaluate", *sweep.steps, *sweep.configs, *masks]):
         file = config_file(name)

@@ -78,7 +78,8 @@ class Strategy:
 class Trial:
     """One strategy (or baseline), seed and fold.
 
-    `sha256` covers everything that shapes its result, and `pretraining` what shapes its pretraining, "" without one.
+    `target` has the entries target, task and classes of train.json. `sha256` covers everything that shapes its result,
+    and `pretraining` what shapes its pretraining, "" without one.
     """
 
     strategy: Strategy
@@ -92,6 +93,7 @@ class Trial:
     overrides: Mapping[str, Any]
     steps: tuple[str, ...]
     resamples: int
+    target: Mapping[str, Any]
     directory: str
     pretraining: str
     sha256: str
@@ -155,7 +157,10 @@ def _write(trial: Trial, record: dict) -> None:
 def _baseline_stages(trial: Trial) -> dict[str, Callable[[], Any]]:
     series = Path(trial.folder).parents[1] / "series"
     name, folder = trial.strategy.name, Path(trial.folder)
-    run = partial(run_baseline, name, trial.store, trial.splits_file, folder, series, trial.resamples, trial.seed)
+    target = {"column": trial.target["target"], "task": trial.target["task"], "classes": trial.target["classes"]}
+    run = partial(
+        run_baseline, name, trial.store, trial.splits_file, folder, series, trial.resamples, trial.seed, target
+    )
     return {"test": run}
 
 
@@ -166,7 +171,12 @@ def _stages(trial: Trial, lock: int) -> dict[str, Callable[[], Any]]:
     common["bootstrap_resamples"] = trial.resamples
     pretraining = common | dict(trial.strategy.pretrain) | {"output_dir": folder / "pretrain"}
     encoder = "random" if trial.strategy.mask is None else folder / "pretrain" / "best.pt"
-    training = common | dict(trial.strategy.train) | {"output_dir": folder / "train", "encoder_checkpoint": encoder}
+    training = (
+        common
+        | dict(trial.target)
+        | dict(trial.strategy.train)
+        | {"output_dir": folder / "train", "encoder_checkpoint": encoder}
+    )
     masks, overlays = trial.strategy.overlays, trial.configs
     jobs: dict[str, tuple[str, list[str], dict]] = {}
     shared: dict[str, tuple[str, list[str], dict]] = {}

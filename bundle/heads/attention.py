@@ -10,7 +10,7 @@ from bundle.heads.on_encoder import OnEncoder
 
 
 class AttentionClassifier(OnEncoder):
-    """Score whole runs: a weighted mean of the encoder's tokens over space, time and clips, then one linear unit.
+    """Score whole runs: a weighted mean of the encoder's tokens over space, time and clips, then one linear layer.
 
     Tokens are standardised as in `bundle.heads.mean.Classifier`. Their weights are a softmax, over all tokens of all
     clips of a run, of their products with a learnt query: an attentive probe (e.g. El-Nouby et al. 2024, arXiv
@@ -18,15 +18,16 @@ class AttentionClassifier(OnEncoder):
 
     Args:
         freeze: keep the encoder as it is: no gradients, always in evaluation mode.
+        outputs: numbers per run, see `bundle.tasks.task.Task`.
         queries: how many weighted means there are, each with a query of its own.
         **encoder: the arguments of `SwinMambaEncoder`.
     """
 
-    def __init__(self, freeze: bool = True, queries: int = 1, **encoder: Any) -> None:
+    def __init__(self, freeze: bool = True, outputs: int = 1, queries: int = 1, **encoder: Any) -> None:
         super().__init__(freeze, **encoder)
         channels = self.encoder.channels
         self.queries = nn.Parameter(torch.zeros(queries, channels))
-        self.head = nn.Linear(queries * channels, 1)
+        self.head = nn.Linear(queries * channels, outputs)
 
     def features(self, image: Tensor) -> Tensor:
         """Map clips (C, 1, X, Y, Z, T) to their tokens (C, tokens, c)."""
@@ -41,7 +42,7 @@ class AttentionClassifier(OnEncoder):
             counts: clips of each run; None: all are of one run.
 
         Returns:
-            Logits (n, 1), one per run.
+            Outputs (n, k), of each run.
         """
         features = image if image.ndim == 3 else self.features(image)
         tokens = self.norm(features.flatten(0, 1)).view_as(features)

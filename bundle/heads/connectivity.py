@@ -1,82 +1,94 @@
-"""Connectivity and a linear classifier: one row per participant, tuned inside the training set."""
+"""Connectivity and a linear model: one row per participant, tuned inside the training set."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 from nilearn.connectome import ConnectivityMeasure
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, clone
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.base import BaseEstimator, clone, is_classifier
+from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
 from bundle.errors import InputError
 
-PENALTIES = tuple(10.0**k for k in range(-4, 3))
 KINDS = ("correlation", "tangent")
 
 
-def least_class(labels: NDArray) -> int:
-    """Members of the smaller class of labels 0 and 1.
+def inner_folds(labels: NDArray, model: BaseEstimator, seed: int, most: int = 5) -> KFold | StratifiedKFold:
+    """Folds of the training set: by class for a classifier, and fewer where a class has fewer members.
 
     Raises:
-        InputError: there are fewer than two.
+        InputError: a class has fewer than two members, or there are fewer than four participants.
     """
-    controls, cases = np.bincount(np.asarray(labels, int), minlength=2)
-    if min(cases, controls) < 2:
-        raise InputError(
-            f"the training set holds {cases} cases and {controls} controls, too few to learn from; make other splits"
-        )
-    return int(min(cases, controls))
+    if not is_classifier(model):
+        if len(labels) < 4:
+            raise InputError(f"the training set holds {len(labels)} participants, too few to learn from; split anew")
+        return KFold(min(most, len(labels) // 2), shuffle=True, random_state=seed)
+    return StratifiedKFold(min(most, least_class(labels)), shuffle=True, random_state=seed)
 
 
-class ConnectivityClassifier(BaseEstimator):
-    """Connectivity, scaling and a linear classifier with an L2 penalty; kind and penalty are tuned in inner folds.
+def least_class(labels: NDArray) -> int:
+    """Members of the smallest class.
+
+    Raises:
+        InputError: it has fewer than two, or is the only one.
+    """
+    numbers, counts = np.unique(np.asarray(labels, int), return_counts=True)
+    if len(numbers) < 2 or counts.min() < 2:
+        held = ", ".join(f"{count} of class {number}" for number, count in zip(numbers, counts, strict=True))
+        raise InputError(f"the training set holds {held}: too few to learn from; make other splits")
+    return int(counts.min())
+
+
+class ConnectivityModel(BaseEstimator):
+    """Connectivity, scaling and a linear model with an L2 penalty; kind and penalty are tuned in inner folds.
 
     Connectivity (the tangent space's reference too) and scaling see no label, and are fitted once to all rows that are
-    given: the training participants. The classifier works in the span of these rows, n numbers per row instead of one
+    given: the training participants. The model works in the span of these rows, n numbers per row instead of one
     per pair of regions. As an L2 penalty keeps its weights in that span, the result is the same; it is what makes
     hundreds of participants a matter of seconds.
 
     Args:
-        classifier: linear, with an L2 penalty of strength `C`, such as `LogisticRegression` or `LinearSVC`.
+        model: linear, with an L2 penalty, such as `LogisticRegression`, `LinearSVC` or `Ridge`.
+        penalties: name of its penalty's parameter, and the strengths to choose from.
+        scoring: what chooses, a name of scikit-learn's.
         seed: of the inner folds.
-        inner_folds: how many; fewer where a class has fewer members.
         kinds: of connectivity to choose from, as in nilearn's `ConnectivityMeasure`.
         discard_diagonal: leave the variances out.
 
     Attributes:
         connectivity_: the fitted `ConnectivityMeasure`.
-        weights_: (features,) of connectivity as it is, scaling included.
-        bias_: its constant.
-        best_params_: the chosen kind and C.
-        best_score_: their AUROC in the inner folds.
+        weights_: (k, features) of connectivity as it is, scaling included.
+        bias_: (k,), its constants.
+        best_params_: the chosen kind and penalty.
+        best_score_: their score in the inner folds.
     """
 
     def __init__(
         self,
-        classifier: BaseEstimator,
+        model: BaseEstimator,
+        penalties: Mapping[str, Sequence[float]],
+        scoring: str,
         seed: int = 0,
-        inner_folds: int = 5,
         kinds: Sequence[str] = KINDS,
         discard_diagonal: bool = True,
     ) -> None:
-        self.classifier = classifier
+        self.model = model
+        self.penalties = penalties
+        self.scoring = scoring
         self.seed = seed
-        self.inner_folds = inner_folds
         self.kinds = kinds
         self.discard_diagonal = discard_diagonal
 
     def fit(self, rows: Sequence[NDArray], labels: NDArray) -> Self:
-        """Fit to courses (T, regions) of each participant, and labels 0 or 1 (n,).
+        """Fit to courses (T, regions) of each participant, and numbers of their classes, or their values, (n,).
 
         Raises:
-            InputError: there are fewer than two cases or two controls.
+            InputError: there are too few participants, see `inner_folds`.
         """
-        labels = np.asarray(labels, int)
-        members = min(self.inner_folds, least_class(labels))
-        folds = StratifiedKFold(members, shuffle=True, random_state=self.seed)
+        folds = inner_folds(labels, self.model, self.seed)
         self.best_score_ = -np.inf
         for kind in self.kinds:
             connectivity = ConnectivityMeasure(
@@ -87,17 +99,17 @@ class ConnectivityClassifier(BaseEstimator):
                 vectors = connectivity.fit_transform(rows)
             scaler = StandardScaler()
             left, lengths, basis = np.linalg.svd(scaler.fit_transform(vectors), full_matrices=False)
-            search = GridSearchCV(clone(self.classifier), {"C": list(PENALTIES)}, scoring="roc_auc", cv=folds)
+            search = GridSearchCV(clone(self.model), dict(self.penalties), scoring=self.scoring, cv=folds)
             search.fit(left * lengths, labels)
             if search.best_score_ > self.best_score_:
                 self.best_score_ = float(search.best_score_)
                 self.connectivity_ = connectivity
-                self.weights_ = search.best_estimator_.coef_[0] @ basis / scaler.scale_
-                self.bias_ = float(search.best_estimator_.intercept_[0] - self.weights_ @ scaler.mean_)
+                self.weights_ = np.atleast_2d(search.best_estimator_.coef_) @ basis / scaler.scale_
+                self.bias_ = np.atleast_1d(search.best_estimator_.intercept_) - self.weights_ @ scaler.mean_
                 self.best_params_: dict[str, Any] = {"kind": kind} | search.best_params_
         return self
 
     def decision_function(self, rows: Sequence[NDArray]) -> NDArray[np.float64]:
-        """Signed score of each participant's courses (T, regions), above 0 for a case: (n,)."""
+        """Outputs of each participant's courses (T, regions): (n, k); of two classes one, above 0 for the second."""
         vectors = self.connectivity_.transform([*rows, rows[0]])[: len(rows)]  # it refuses one participant alone
-        return vectors @ self.weights_ + self.bias_
+        return vectors @ self.weights_.T + self.bias_

@@ -10,14 +10,14 @@ from nilearn.connectome import ConnectivityMeasure
 from numpy.typing import NDArray
 from scipy.signal import detrend
 from sklearn.covariance import LedoitWolf
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from bundle.anatomy.atlas import load_atlas
 from bundle.errors import InputError
-from bundle.heads.connectivity import ConnectivityClassifier
+from bundle.heads.connectivity import ConnectivityModel
 from bundle.heads.pooling import label_members, pool, token_shares
 from bundle.networks.swin_mamba import SwinMambaEncoder
+from bundle.tasks.task import Task
 
 SUBTRACT = ("clip_mean", "training_mean", None)
 FAINT = 1e-4
@@ -30,14 +30,15 @@ class CovarianceReadout(nn.Module):
     The encoder's tokens are averaged over each label, and a linear drift over the run is taken off. All channels of all
     labels of a parcel become a few principal components, so that what differs between its labels, and inside them, is
     kept and not averaged away. The components' courses over a run are scaled to SD 1. Their Ledoit-Wolf covariance is
-    mapped to the tangent space of the training participants' geometric mean (Varoquaux et al. 2010,
-    MICCAI; nilearn's `ConnectivityMeasure`), standardised, and weighed by a logistic regression whose penalty is tuned
-    in folds of the training participants.
+    mapped to the tangent space of the training participants' geometric mean (Varoquaux et al. 2010, MICCAI; nilearn's
+    `ConnectivityMeasure`), standardised, and weighed by the task's linear model (of classes a logistic regression)
+    whose penalty is tuned in folds of the training participants.
 
     Nothing is learnt by gradients: `fit` fits all of it, and the state dict holds it as plain tensors.
 
     Args:
         freeze: must be True.
+        outputs: numbers per run, see `bundle.tasks.task.Task`.
         stage: whose tokens are read, see `SwinMambaEncoder.tokens`.
         level: parcels: each "label" by itself, or its "group" (the seven regions and the insula).
         components: numbers of principal components of each parcel, of which the one that scores best in folds of the
@@ -58,6 +59,7 @@ class CovarianceReadout(nn.Module):
     def __init__(
         self,
         freeze: bool = True,
+        outputs: int = 1,
         stage: int = 1,
         level: str = "group",
         components: Sequence[int] = (1, 2),
@@ -78,6 +80,7 @@ class CovarianceReadout(nn.Module):
         self.parcels = label_members(atlas, level)
         self.register_buffer("shares", token_shares(atlas, edge, self.encoder.image_size), persistent=False)
         self.settings: dict[str, Any] = {  # what the fitted numbers mean nothing without
+            "outputs": outputs,
             "stage": stage,
             "level": level,
             "components": self.components,
@@ -95,7 +98,7 @@ class CovarianceReadout(nn.Module):
 
         The tensors are `training_mean` (T, L, c) of L labels, `basis` (L, c, k), each label's part of its parcel's
         components, `spread` (P, k) of P parcels, `mean` and `whitening` (P * k, P * k), `weights`
-        (P * k * (P * k + 1) / 2,) and `bias` (); there are none before `fit`.
+        (m, P * k * (P * k + 1) / 2) and `bias` (m,) of m outputs; there are none before `fit`.
         """
         return {"settings": dict(self.settings), "fitted": dict(self.fitted)}
 
@@ -120,6 +123,7 @@ class CovarianceReadout(nn.Module):
         self,
         runs: Sequence[Tensor],
         labels: Sequence[float],
+        task: Task,
         seed: int = 0,
         participants: Sequence[Hashable] | None = None,
     ) -> None:
@@ -127,13 +131,14 @@ class CovarianceReadout(nn.Module):
 
         Args:
             runs: `features` of each run's clips, (C, T, L, c).
-            labels: 1 case, 0 control, of each run.
+            labels: number of the class, or value, of each run.
+            task: what is predicted; its outputs are as many as the readout's.
             seed: of the inner folds.
             participants: who each run is of; None: each of another one. Courses of a participant's runs are joined, so
                 that no participant is on both sides of an inner fold.
 
         Raises:
-            InputError: a run does not fit, or there are fewer than two cases or two controls.
+            InputError: a run does not fit, or there are too few participants, see `inner_folds`.
         """
         total = sum(run.double().sum(0) for run in runs)
         self.fitted = {"training_mean": torch.as_tensor(total).cpu() / sum(map(len, runs))}
@@ -154,18 +159,18 @@ class CovarianceReadout(nn.Module):
             spread[position] = variances[-most:].clamp(min=0).sqrt()
         spread = spread.clamp(min=FAINT * spread.max().item())  # parcels outside every brain
         joined: dict[Hashable, list[Tensor]] = {}
-        label_of: dict[Hashable, int] = {}
+        label_of: dict[Hashable, float] = {}
         for name, run, label in zip(participants or range(len(runs)), runs, labels, strict=True):
             joined.setdefault(name, []).append(self._components_of(run, basis))
-            label_of[name] = int(label)
-        truth, best = np.array(list(label_of.values())), -np.inf
+            label_of[name] = label
+        truth, best = task.scaled(np.array(list(label_of.values()))), -np.inf
         for number in self.components:
             rows = [
                 np.concatenate([_courses(part[..., -number:], spread[:, -number:]) for part in parts])
                 for parts in joined.values()
             ]
-            classifier = LogisticRegression(max_iter=5000, random_state=seed)
-            model = ConnectivityClassifier(classifier, seed, kinds=["tangent"], discard_diagonal=False).fit(rows, truth)
+            model = ConnectivityModel(*task.linear(seed), seed, kinds=["tangent"], discard_diagonal=False)
+            model.fit(rows, truth)
             if model.best_score_ > best:
                 best, best_model, chosen = model.best_score_, model, number
         self.fitted |= {"basis": basis[..., -chosen:].contiguous(), "spread": spread[:, -chosen:].contiguous()}
@@ -185,7 +190,7 @@ class CovarianceReadout(nn.Module):
             counts: clips of each run; None: all are of one run.
 
         Returns:
-            Logits (n, 1), one per run, float32, without gradients.
+            Outputs (n, k) of each run, float32, without gradients.
 
         Raises:
             InputError: it was not fitted, or to features of another shape, or a run has too few clips.
@@ -200,8 +205,8 @@ class CovarianceReadout(nn.Module):
         connectivity.cov_estimator_ = LedoitWolf(store_precision=False)
         connectivity.mean_, connectivity.whitening_ = (self.fitted[name].numpy() for name in ("mean", "whitening"))
         vectors = connectivity.transform([*courses, courses[0]])[:-1]  # it refuses one run alone
-        logits = vectors @ self.fitted["weights"].numpy() + self.fitted["bias"].item()
-        return torch.as_tensor(logits, dtype=torch.float32, device=image.device)[:, None]
+        outputs = vectors @ self.fitted["weights"].numpy().T + self.fitted["bias"].numpy()
+        return torch.as_tensor(outputs, dtype=torch.float32, device=image.device)
 
     def _centred(self, run: Tensor) -> Tensor:
         """A run's features (C, T, L, c) as deviations (C * T, L, c) from a line over the run, float64 on the CPU."""

@@ -1,4 +1,4 @@
-"""A light classification head on a frozen encoder."""
+"""A light head on a frozen encoder."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +12,10 @@ from bundle.heads.on_encoder import OnEncoder
 
 
 class Classifier(OnEncoder):
-    """Score each clip: the mean of the encoder's tokens, standardised, then one linear unit.
+    """Score each clip: the mean of the encoder's tokens, standardised, then one linear layer.
 
-    The result is one logit per clip for "case": its sigmoid is the probability. (A softmax over one logit is
-    always 1.)
+    What its outputs are, the task says: of two classes one logit, whose sigmoid is the probability. (A softmax over one
+    logit is always 1.)
 
     Standardising each feature over the training clips, by a batch norm without weights, is how linear probes of
     masked autoencoders are trained (He et al. 2022, arXiv 2111.06377, appendix A.1). It matters: features of
@@ -23,12 +23,13 @@ class Classifier(OnEncoder):
 
     Args:
         freeze: keep the encoder as it is: no gradients, always in evaluation mode. Else it is trained as well.
+        outputs: numbers per clip, see `bundle.tasks.task.Task`.
         **encoder: the arguments of `SwinMambaEncoder`.
     """
 
-    def __init__(self, freeze: bool = True, **encoder: Any) -> None:
+    def __init__(self, freeze: bool = True, outputs: int = 1, **encoder: Any) -> None:
         super().__init__(freeze, **encoder)
-        self.head = nn.Linear(self.encoder.channels, 1)
+        self.head = nn.Linear(self.encoder.channels, outputs)
 
     def features(self, image: Tensor) -> Tensor:
         """Map images (B, 1, X, Y, Z, T) to the mean over their tokens (B, c)."""
@@ -36,7 +37,7 @@ class Classifier(OnEncoder):
             return self.encoder(image).mean(dim=(2, 3, 4, 5))
 
     def forward(self, image: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """Map images (B, 1, X, Y, Z, T), or their `features` (B, c), to logits (B, 1).
+        """Map images (B, 1, X, Y, Z, T), or their `features` (B, c), to outputs (B, k).
 
         Raises:
             InputError: `counts` say that these are clips of whole runs.

@@ -314,7 +314,6 @@ def _warnings(record: Mapping[str, Any], preparation: Preparation) -> list[str]:
     times = record["voxels"] / int(grid.mni_brain().sum())
     if times > LARGE_BRAIN:
         found.append(f"its brain mask has {times:.1f} times the volume of the MNI brain; give one without background")
-    missing = [name for name in ("site", "diagnosis") if record[name] is None]
-    if missing:
-        found.append(f"no {' and no '.join(missing)}")
+    if record["site"] is None:
+        found.append("no site")
     return [warning for warning in found if warning]

@@ -1,1 +1,1 @@
-"""What is predicted: target, loss, subject score, and the columns of predictions."""
+"""What is predicted of a subject: loss, score, metrics and plots of each kind of target."""

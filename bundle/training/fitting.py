@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from bundle.data.batches import PrepareBatch
 from bundle.heads.covariance import CovarianceReadout
+from bundle.tasks.task import Task
 from bundle.training.checkpoints import load_checkpoint, saved_facts, write_checkpoint
 from bundle.training.provenance import Provenance
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 def fit_head(
     network: CovarianceReadout,
+    task: Task,
     runs: Sequence[dict[str, Any]],
     prepare_batch: PrepareBatch,
     validator: Evaluator,
@@ -32,6 +34,7 @@ def fit_head(
 
     Args:
         network: encoder and head.
+        task: what is predicted.
         runs: dataset of labelled whole runs.
         prepare_batch: makes features of them.
         validator: evaluator over the validation set; its key metric is kept.
@@ -53,7 +56,7 @@ def fit_head(
         features.append(found.cpu())
         labels.append(target["label"].item())
         participants += target["participant_id"]
-    network.fit(features, labels, seed, participants)
+    network.fit(features, labels, task, seed, participants)
     validator.run(1)
     state = {
         "network": network.state_dict(),

@@ -121,7 +121,12 @@ def entries(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def training_provenance(
-    store: str | Path, splits_file: str | Path, network: Mapping[str, Any], normalisation: Mapping[str, Any]
+    store: str | Path,
+    splits_file: str | Path,
+    network: Mapping[str, Any],
+    normalisation: Mapping[str, Any],
+    task: Mapping[str, Any] | None = None,
+    labels: Mapping[str, float] | None = None,
 ) -> Provenance:
     """Facts of a training: the config that asks for this, and the data that it names.
 
@@ -130,10 +135,12 @@ def training_provenance(
         splits_file: the split file.
         network: sizes of the encoder, `SwinMambaEncoder.size`.
         normalisation: units of what the network sees, `Normalisation.facts`.
+        task: what it predicts, `bundle.tasks.task.Task.facts`; None: it is pretrained.
+        labels: of each participant, kept as a hash; None likewise.
 
     Returns:
-        `config` (see `resolved_config`), `preparation`, `brain_masks`, `data`, `splits`, `network`, `normalisation` and
-        `processes` (the number of processes that share a training step).
+        `config` (see `resolved_config`), `preparation`, `brain_masks`, `data`, `splits`, `network`, `normalisation`,
+        `task`, `labels` and `processes` (the number of processes that share a training step).
     """
     manifest = read_manifest(store)
     return Provenance(
@@ -144,14 +151,19 @@ def training_provenance(
         splits=load_splits(splits_file)["sha256"],
         network=dict(network),
         normalisation=dict(normalisation),
+        task=task and dict(task),
+        labels=labels and _hash(dict(labels)),
         processes=idist.get_world_size(),
     )
 
 
 def _content_of(runs: Sequence[Mapping[str, Any]]) -> str:
-    """One hash of what a store's runs were made from, and of their labels."""
-    keys = ("run_id", "source_sha256", "mask_sha256", "confounds_sha256", "site", "diagnosis")
-    content = [[run.get(key) for key in keys] for run in runs]
+    """One hash of what a store's runs were made from, and of their sites."""
+    keys = ("run_id", "source_sha256", "mask_sha256", "confounds_sha256", "site")
+    return _hash([[run.get(key) for key in keys] for run in runs])
+
+
+def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -103,7 +103,7 @@ def test_the_test_config_takes_the_threshold_from_validation(small_store, tmp_pa
     parser.get_parsed_content("run#1")
     assert ran == ["validation", "test"]
     summary = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
-    assert summary["threshold_logit"] == -0.5  # the test set's own would be -7.5
+    assert summary["threshold"] == -0.5  # the test set's own would be -7.5
     assert pd.read_csv(tmp_path / "evaluation" / "subjects.tsv", sep="\t")["logit"].tolist() == [-9, -8, -7, 5]
 
 

@@ -11,6 +11,7 @@ from bundle.data.batches import PrepareBatch, keep_items, reseed
 from bundle.data.clips import split_clips
 from bundle.data.normalisation import Normalisation
 from bundle.data.splits import _hash, make_splits, save_splits
+from bundle.data.targets import read_target
 from bundle.data.transforms import ReadClipd, ScatterClipd, TimeLastd
 from bundle.errors import InputError
 from bundle.masking.transforms import AAL3ROIMaskd, RandomTokenMaskd
@@ -30,7 +31,7 @@ def test_sets_hold_their_own_participants_and_every_clip_once(store: Path):
 
 
 def test_labels_are_the_diagnoses_of_participants_tsv(store: Path):
-    items = split_clips(store, store / "splits.json", "train", labelled=True)
+    items = split_clips(store, store / "splits.json", "train", target=read_target(store))
     assert {item["participant_id"]: item["label"] for item in items} == {
         item["participant_id"]: float(int(item["participant_id"][4:]) % 2) for item in items
     }
@@ -46,14 +47,15 @@ def changed_store(store: Path, folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_a_participant_without_a_label_is_refused_only_where_labels_are_needed(store: Path, tmp_path: Path):
+def test_a_participant_without_a_label_is_seen_by_pretraining_alone(store: Path, tmp_path: Path, caplog):
     changed = changed_store(store, tmp_path, diagnosis=None)
     name = next(
         n for n, members in json.loads((store / "splits.json").read_text())["sets"].items() if "sub-00" in members
     )
-    assert split_clips(changed, store / "splits.json", name)
-    with pytest.raises(InputError, match="has no diagnosis"):
-        split_clips(changed, store / "splits.json", name, labelled=True)
+    everybody = split_clips(changed, store / "splits.json", name)
+    labelled = split_clips(changed, store / "splits.json", name, target=read_target(changed))
+    assert {item["participant_id"] for item in everybody} - {item["participant_id"] for item in labelled} == {"sub-00"}
+    assert "1 of 12 participants have no diagnosis" in caplog.text
 
 
 @pytest.mark.parametrize("subset", ["train", "validation", "test"])
@@ -67,18 +69,20 @@ def test_a_set_of_one_class_is_refused_unless_it_is_the_test_set(store: Path, tm
     sets = {subset: cases[:3], others[0]: rest[:4], others[1]: rest[4:]}
     save_splits(splits | {"sets": sets, "sha256": _hash(sets)}, tmp_path / "s.json")
     if subset != "test":
-        with pytest.raises(InputError, match=f"{subset} set holds only cases"):
-            split_clips(store, tmp_path / "s.json", subset, labelled=True)
+        with pytest.raises(InputError, match=f"{subset} set holds only diagnosis adhd"):
+            split_clips(store, tmp_path / "s.json", subset, target=read_target(store))
         return
-    items = split_clips(store, tmp_path / "s.json", subset, labelled=True)
+    items = split_clips(store, tmp_path / "s.json", subset, target=read_target(store))
     assert {(item["participant_id"], item["label"]) for item in items} == {(p, 1.0) for p in cases[:3]}
-    assert "holds only cases" in caplog.text
+    assert "holds only diagnosis adhd" in caplog.text
 
 
 @pytest.mark.parametrize("subset", ["train", "test"])
 def test_shuffled_labels_are_those_of_the_set_given_to_other_participants(store: Path, subset: str, caplog):
     def labels(seed: int | None) -> dict:
-        items = split_clips(store, store / "splits.json", subset, frames=10, labelled=True, label_shuffle_seed=seed)
+        items = split_clips(
+            store, store / "splits.json", subset, frames=10, target=read_target(store), label_shuffle_seed=seed
+        )
         found = {(item["participant_id"], item["label"]) for item in items}
         assert len(found) == len({participant for participant, _ in found})  # all clips of a participant agree
         return dict(sorted(found))
@@ -107,7 +111,7 @@ RUN = Normalisation("run", sd_floor=0.1, clip=5.0)
 
 
 def batch_of(store: Path, *masks: object, count: int = 2) -> tuple:
-    items = split_clips(store, store / "splits.json", "train", frames=4, labelled=True)[:count]
+    items = split_clips(store, store / "splits.json", "train", frames=4, target=read_target(store))[:count]
     read = ReadClipd(store, frames=4)
     prepare = PrepareBatch([ScatterClipd(RUN), *masks, TimeLastd()])
     return items, prepare(keep_items([read(item) for item in items]))
@@ -158,7 +162,7 @@ def test_reseeding_repeats_an_epoch_and_another_seed_does_not(store: Path):
 
 
 def test_a_whole_run_is_the_features_of_its_clips_in_order(store: Path):
-    settings = {"frames": 10, "stride": 10, "labelled": True}
+    settings = {"frames": 10, "stride": 10, "target": read_target(store)}
     clips = split_clips(store, store / "splits.json", "train", **settings)
     runs = split_clips(store, store / "splits.json", "train", **settings, whole_runs=True)
     assert [(run["run_id"], start) for run in runs for start in run["starts"]] == [
@@ -191,7 +195,7 @@ def test_a_whole_run_is_the_features_of_its_clips_in_order(store: Path):
 
 
 def test_a_frozen_encoder_sees_every_clip_once_and_it_is_read_once(store: Path):
-    items = split_clips(store, store / "splits.json", "train", frames=4, labelled=True)[:3]
+    items = split_clips(store, store / "splits.json", "train", frames=4, target=read_target(store))[:3]
     read = ReadClipd(store, frames=4)
     reads = []
 
@@ -221,7 +225,7 @@ def test_a_frozen_encoder_sees_every_clip_once_and_it_is_read_once(store: Path):
 
 
 def test_two_channels_are_stacked_and_the_last_one_is_the_target_and_takes_the_mask(store: Path):
-    items = split_clips(store, store / "splits.json", "train", frames=4, labelled=True)[:2]
+    items = split_clips(store, store / "splits.json", "train", frames=4, target=read_target(store))[:2]
     read = ReadClipd(store, frames=4)
     made = {}
     for mode in ("run", "voxel", "both"):

@@ -92,8 +92,10 @@ def test_impossible_splits_are_refused_in_one_sentence(kwargs, words):
 
 def test_rows_of_one_participant_that_disagree_are_refused():
     runs = cohort(10)
-    with pytest.raises(InputError, match="two site and diagnosis pairs"):
+    with pytest.raises(InputError, match="has two values of 'diagnosis', 0 and 1"):
         make_splits([*runs, runs[0] | {"diagnosis": 1 - runs[0]["diagnosis"]}])
+    with pytest.raises(InputError, match="has two sites, site0 and elsewhere"):
+        make_splits([*runs, runs[0] | {"site": "elsewhere"}])
 
 
 def test_file_round_trip_and_participants_check(tmp_path):

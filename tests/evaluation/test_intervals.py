@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap, norm, ttest_1samp
+from tasks import binary_table
 
 from bundle.evaluation.intervals import bootstrap_interval, clopper_pearson_lower, expanded_tail_share
-from bundle.evaluation.subjects import score_table
 
 RESAMPLES = 400
 
@@ -53,7 +53,7 @@ def test_simulated_coverage(truth, n):
     covered = narrow = 0
     for seed in range(sets):
         cases, controls = rng.normal(np.sqrt(2) * norm.ppf(truth), size=n), rng.normal(size=n)
-        score = score_table(np.repeat([1, 0], n), np.concatenate([cases, controls]), 0.0, RESAMPLES, seed)["auroc"]
+        score = binary_table(np.repeat([1, 0], n), np.concatenate([cases, controls]), 0.0, RESAMPLES, seed)["auroc"]
         covered += score["low"] <= truth <= score["high"]
         interval = plain((cases, controls), auroc, seed)
         narrow += interval.low <= truth <= interval.high
@@ -68,7 +68,7 @@ def test_a_perfect_score_is_not_certain():
     assert clopper_pearson_lower(3) ** 3 == pytest.approx(0.025)
     labels, logits = np.repeat([0, 1], [20, 3]), np.arange(23.0)
     for sign, value, known, other in ((1, 1, "high", "low"), (-1, 0, "low", "high")):
-        table = score_table(labels, sign * logits, sign * 19.5, RESAMPLES, 0)
+        table = binary_table(labels, sign * logits, sign * 19.5, RESAMPLES, 0)
         for name in ("auroc", "balanced_accuracy", "accuracy"):
             assert table[name]["value"] == table[name][known] == value
             assert abs(table[name][other] - value) == pytest.approx(1 - 0.025 ** (1 / 3))
@@ -81,7 +81,7 @@ def test_perfect_scores_cover_a_nearly_perfect_truth():
         cases, controls = rng.normal(np.sqrt(2) * norm.ppf(truth), size=8), rng.normal(size=8)
         if cases.min() > controls.max():
             perfect += 1
-            score = score_table(np.repeat([1, 0], 8), np.concatenate([cases, controls]), 0.0, 50, seed)["auroc"]
+            score = binary_table(np.repeat([1, 0], 8), np.concatenate([cases, controls]), 0.0, 50, seed)["auroc"]
             assert score["low"] <= truth
     assert perfect > 10
 

@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from small_stores import planted_store, some_voxels
+from tasks import BINARY
 
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import labels_on, load_atlas
@@ -24,10 +25,10 @@ from bundle.experiments.baselines import (
     participants_table,
     region_series,
     run_baseline,
-    table_classifier,
+    table_model,
 )
 from bundle.heads import connectivity
-from bundle.heads.connectivity import ConnectivityClassifier
+from bundle.heads.connectivity import ConnectivityModel
 from bundle.preparation.store import (
     read_clip,
     read_manifest,
@@ -37,6 +38,7 @@ from bundle.preparation.store import (
     write_record,
     write_run,
 )
+from bundle.tasks.binary import PENALTIES
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def test_test_subjects_labels_change_no_logit_and_no_threshold(store, tmp_path):
     for where, out in ((store, tmp_path / "a"), (copy, tmp_path / "b")):
         run_baseline("connectivity_logistic", where, store.parent / "splits.json", out, series, resamples=20)
         subjects = pd.read_csv(out / "subjects.tsv", sep="\t")
-        results.append((subjects, json.loads((out / "scores.json").read_text())["threshold_logit"]))
+        results.append((subjects, json.loads((out / "scores.json").read_text())["threshold"]))
     (first, one), (second, two) = results
     assert first["logit"].tolist() == second["logit"].tolist()
     assert one == two
@@ -133,11 +135,11 @@ def test_few_cases_are_shared_out_over_fewer_inner_folds_and_one_is_too_few(monk
     for cases, inner in ((3, 3), (8, 5)):
         labels = np.repeat([1, 0], [cases, 9])
         series = [rng.normal(size=(40, 4)) for _ in labels]
-        model = ConnectivityClassifier(LogisticRegression()).fit(series, labels)
+        model = ConnectivityModel(*BINARY.linear(0)).fit(series, labels)
         assert asked[-1] == inner
         assert np.isfinite(model.decision_function(series)).all()
-    with pytest.raises(InputError, match="holds 1 cases and 9 controls"):
-        ConnectivityClassifier(LogisticRegression()).fit(series[:10], np.repeat([1, 0], [1, 9]))
+    with pytest.raises(InputError, match="holds 9 of class 0, 1 of class 1"):
+        ConnectivityModel(*BINARY.linear(0)).fit(series[:10], np.repeat([1, 0], [1, 9]))
 
 
 def test_the_classifier_in_the_span_of_the_rows_is_the_one_on_all_features():
@@ -147,14 +149,16 @@ def test_the_classifier_in_the_span_of_the_rows_is_the_one_on_all_features():
     series = [rng.normal(size=(60, 8)) + label * rng.normal(size=(60, 1)) * np.eye(8)[:3].sum(0) for label in labels]
     for kind in ("correlation", "tangent"):
         classifier = LogisticRegression(max_iter=5000, tol=1e-8)
-        model = ConnectivityClassifier(classifier, 3, kinds=[kind]).fit(series[:16], labels[:16])
+        model = ConnectivityModel(classifier, {"C": PENALTIES}, "roc_auc", 3, kinds=[kind]).fit(
+            series[:16], labels[:16]
+        )
         measure = ConnectivityMeasure(kind=kind, vectorize=True, discard_diagonal=True, standardize=False)
         scaler = StandardScaler()
         rows = scaler.fit_transform(measure.fit_transform(series[:16]))
         folds = StratifiedKFold(5, shuffle=True, random_state=3)
-        search = GridSearchCV(classifier, {"C": list(connectivity.PENALTIES)}, scoring="roc_auc", cv=folds)
+        search = GridSearchCV(classifier, {"C": PENALTIES}, scoring="roc_auc", cv=folds)
         search.fit(rows, labels[:16])
-        expected = search.decision_function(scaler.transform(measure.transform(series[16:])))
+        expected = search.decision_function(scaler.transform(measure.transform(series[16:])))[:, None]
         assert model.best_params_ == {"kind": kind} | search.best_params_
         np.testing.assert_allclose(model.decision_function(series[16:]), expected, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(model.decision_function(series[16:17]), expected[:1], rtol=1e-3, atol=1e-4)
@@ -173,7 +177,7 @@ def test_site_age_and_sex_are_all_that_is_used(store, tmp_path):
 
 def test_gaps_and_new_sites_are_no_obstacle():
     train = pd.DataFrame({"site": ["a", "b"] * 10, "age": [8.0, np.nan] * 10, "sex": ["F", "M"] * 10})
-    model = table_classifier(train).fit(train, [0, 1] * 10)
+    model = table_model(train, BINARY.linear(0)[0]).fit(train, [0, 1] * 10)
     new = pd.DataFrame({"site": ["a", "c"], "age": [8.0, 9.0], "sex": ["F", "M"]})
     assert model.predict(new)[0] == 0
 
@@ -198,4 +202,4 @@ def test_head_motion_from_a_column_or_from_fmriprep_or_not_at_all(store, tmp_pat
 
 def test_columns_are_found_in_any_case():
     runs = [{"participant_id": "a", "site": 1, "diagnosis": 0, "participant": {"Age": 9, "Gender": 1}}]
-    assert list(participants_table(runs)) == ["site", "diagnosis", "age", "sex"]
+    assert list(participants_table(runs)) == ["site", "age", "sex"]

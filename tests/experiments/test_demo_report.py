@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from small_pages import addresses, of_class, read_page, text_of
+from tasks import BINARY
 from torch.utils.tensorboard import SummaryWriter
 
 from bundle.data.splits import load_splits
+from bundle.data.targets import read_target
 from bundle.evaluation.subjects import write_test_scores
 from bundle.experiments.demo_report import (
     PANEL,
@@ -24,7 +26,6 @@ from bundle.experiments.demo_report import (
     write_demo_report,
 )
 from bundle.experiments.trial import learning_curves
-from bundle.preparation.store import read_manifest
 from bundle.training.pictures import reconstruction_panel
 
 HOSTILE = "<script>alert(1)</script>"
@@ -55,13 +56,13 @@ def folder(store, tmp_path_factory):
                 writer.add_scalar(tag, epoch / 4, epoch)
             writer.add_image(PANEL, panel(), epoch, dataformats="HW")
     sets = load_splits(store / "splits.json")["sets"]
-    labels = {run["participant_id"]: run["diagnosis"] for run in read_manifest(store)["runs"]}
+    labels = read_target(store).labels
     tables = [
-        pd.DataFrame({"participant_id": sets[name], "label": [labels[p] for p in sets[name]], "clips": 3})
+        pd.DataFrame({"participant_id": sets[name], "site": "A", "label": [labels[p] for p in sets[name]], "clips": 3})
         for name in ("validation", "test")
     ]
     tables = [table.assign(logit=np.linspace(-1, 1, len(table)) + table["label"]) for table in tables]
-    write_test_scores(*tables, folder / "train" / "evaluation", 50)
+    write_test_scores(BINARY, *tables, folder / "train" / "evaluation", 50)
     return folder
 
 
@@ -129,9 +130,9 @@ def test_names_are_not_markup_and_undefined_scores_are_dashes(folder, tmp_path):
     (copy / "train/evaluation").mkdir(parents=True)
     for name in ("store", "pretrain", "derivatives", "train/tensorboard"):
         (copy / name).symlink_to(folder / name)
-    table = pd.DataFrame({"participant_id": [HOSTILE, "b"], "label": 0, "logit": [0.5, -0.5], "clips": 3})
+    table = pd.DataFrame({"participant_id": [HOSTILE, "b"], "site": "A", "label": 0, "logit": [0.5, -0.5], "clips": 3})
     validation = pd.DataFrame({"label": [0, 1], "logit": [-1.0, 1.0]})
-    write_test_scores(validation, table, copy / "train/evaluation", 20)  # controls only: no AUROC
+    write_test_scores(BINARY, validation, table, copy / "train/evaluation", 20)  # controls only: no AUROC
     text = write_demo_report(copy).read_text()
     assert HOSTILE not in text
     assert "&lt;script&gt;alert(1)" in text

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from sklearn.metrics import accuracy_score, roc_auc_score
+from tasks import BINARY, subjects_of
 
 from bundle.anatomy.atlas import load_atlas
 from bundle.anatomy.parcels import parcels_of
@@ -36,6 +37,7 @@ def cohort(**sites: tuple[int, int]) -> list[dict]:
 
 def leave_sites_out(results: Path, runs: list[dict]) -> Path:
     """Results of a leave-one-site-out sweep whose networks score at random."""
+    where = {run["participant_id"]: run["site"] for run in runs}
     diagnosis = {run["participant_id"]: run["diagnosis"] for run in runs}
     rng, trials = np.random.default_rng(0), {}
     for site in sorted({run["site"] for run in runs}):
@@ -44,10 +46,13 @@ def leave_sites_out(results: Path, runs: list[dict]) -> Path:
         for strategy in STRATEGIES:
             for seed in SEEDS:
                 folder = results / "trials" / f"{strategy}__seed-{seed}__fold-{site}"
-                sets = [pd.DataFrame({"participant_id": splits["sets"][name]}) for name in ("validation", "test")]
-                sets = [table.assign(label=table["participant_id"].map(diagnosis)) for table in sets]
-                sets = [table.assign(logit=rng.normal(size=len(table)) + table["label"]) for table in sets]
-                write_test_scores(*sets, folder, 20)
+                sets = []
+                for name in ("validation", "test"):
+                    members = splits["sets"][name]
+                    labels = np.array([diagnosis[p] for p in members])
+                    sites = [where[p] for p in members]
+                    sets.append(subjects_of(labels, rng.normal(size=len(labels)) + labels, members).assign(site=sites))
+                write_test_scores(BINARY, *sets, folder, 20)
                 rows = [("train", tag, step, rng.normal()) for tag in ("train_loss", "auroc") for step in range(5)]
                 curves = pd.DataFrame(rows, columns=["stage", "tag", "step", "value"])
                 curves.to_csv(folder / "curves.tsv", sep="\t", index=False)
@@ -58,7 +63,8 @@ def leave_sites_out(results: Path, runs: list[dict]) -> Path:
                 trials[folder.name] = "0"
     plan = {"trials": trials, "splits": {"folds": 3, "test": "sites"}, "seeds": SEEDS, "overrides": {}}
     data = {"synthetic": True, "participants": len(diagnosis), "runs": len(runs), "tr_in_s": [2.0]}
-    data |= {"frames": {"least": 1, "most": 2}, "parameters_hash": "p", "by_site_and_diagnosis": []}
+    data |= {"frames": {"least": 1, "most": 2}, "parameters_hash": "p", "by_site_and_group": []}
+    data["target"] = {"column": "diagnosis", "kind": "binary", "classes": ["control", "adhd"], "missing": 0}
     (results / "sweep.json").write_text(json.dumps(plan))
     (results / "data.json").write_text(json.dumps(data))
     return results
@@ -81,7 +87,7 @@ def test_sites_of_one_class_count_in_accuracy_and_give_no_pairs(results):
             tables = {}
             for site in ("north", "south", "west", "east"):
                 folder = results / "trials" / f"{strategy}__seed-{seed}__fold-{site}"
-                threshold = json.loads((folder / "scores.json").read_text())["threshold_logit"]
+                threshold = json.loads((folder / "scores.json").read_text())["threshold"]
                 rows = pd.read_csv(folder / "subjects.tsv", sep="\t")
                 tables[site] = rows.assign(called=rows["logit"] > threshold)
             within = [roc_auc_score(tables[site]["label"], tables[site]["logit"]) for site in ("north", "south")]
@@ -100,11 +106,11 @@ def test_sites_of_one_class_count_in_accuracy_and_give_no_pairs(results):
 
 
 def test_report_names_the_sites_of_one_class(results):
-    assert one_class_folds(read_outcomes(results)) == ["east (1 case)", "west (3 controls)"]
+    assert one_class_folds(read_outcomes(results)) == ["east (1 adhd)", "west (3 control)"]
     html = write_report(results, resamples=20).read_text()
     for text in (html, (results / "report.md").read_text()):
         assert "Sites whose test subjects are of one class" in text
-        assert "east (1 case), west (3 controls)" in text
+        assert "east (1 adhd), west (3 control)" in text
 
 
 def test_a_reconstruction_without_r2_is_a_dash_in_the_report(results):

@@ -9,25 +9,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap, norm, rankdata, t
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
+from tasks import BINARY, binary_table, subjects_of
 
 from bundle.errors import InputError
-from bundle.evaluation.subjects import score_table
 from bundle.experiments.statistics import (
     Outcomes,
-    accuracy_p_value,
-    auroc_p_value,
     compare,
-    metric_of,
+    mean_p_value,
     outcomes,
     pooled_scores,
+    rank_p_value,
 )
+from bundle.tasks.scores import measure
+from bundle.tasks.task import Results
 
 
 def given_by(labels, margins, folds=None) -> Outcomes:
-    labels = np.asarray(labels)
-    margins = np.asarray(margins, float).reshape(len(labels), -1)
+    labels = np.asarray(labels, float)
+    outputs = np.asarray(margins, float).reshape(len(labels), -1, 1)
     folds = np.zeros(len(labels)) if folds is None else folds
-    return Outcomes([f"s{i:03d}" for i in range(len(labels))], labels, np.asarray(folds).astype(str), margins)
+    tested = Results(labels, outputs, np.asarray(folds).astype(str), np.zeros(outputs.shape[:2]))
+    names = [f"s{i:03d}" for i in range(len(labels))]
+    return Outcomes(BINARY, names, np.full(len(labels), "A"), tested)
 
 
 def noisy(n: int, effect: float, seed: int, seeds: int = 1) -> Outcomes:
@@ -40,9 +43,11 @@ def test_one_fold_and_seed_gives_the_table_of_the_single_evaluation():
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], [30, 20])
     logits = rng.normal(size=50) + labels
-    expected = score_table(labels, logits, threshold=0.3, resamples=200, seed=5)
+    expected = binary_table(labels, logits, threshold=0.3, resamples=200, seed=5)
     found = pooled_scores(given_by(labels, logits - 0.3), resamples=200, seed=5)
     for metric, score in found.items():
+        if metric == "brier":  # of the logit itself, which no threshold moves
+            continue
         for key in ("value", "low", "high"):
             assert score[key] == pytest.approx(expected[metric][key]), (metric, key)
         assert np.isnan(score["seed_sd"])
@@ -63,7 +68,7 @@ def test_auroc_is_that_of_scikit_learn_in_each_fold_weighted_by_pairs(seed):
             weight += pairs
             total += pairs * np.mean([roc_auc_score(labels[inside], m) for m in margins[inside].T])
     if weight:
-        assert metric_of(given_by(labels, margins, folds), "auroc") == pytest.approx(total / weight)
+        assert measure(BINARY, given_by(labels, margins, folds).tested)["auroc"] == pytest.approx(total / weight)
 
 
 def test_intervals_are_those_of_a_slow_bootstrap_with_scikit_learn():
@@ -92,7 +97,9 @@ def test_intervals_are_those_of_a_slow_bootstrap_with_scikit_learn():
     share = norm.cdf(-np.sqrt(30 / 29) * t.ppf(0.975, 29))  # 30 cases, 30 controls
     low = np.quantile(draws, share, axis=1, method="lower")
     high = np.quantile(draws, 1 - share, axis=1, method="higher")
-    for position, (metric, score) in enumerate(pooled_scores(tested, resamples).items()):
+    scores = pooled_scores(tested, resamples)
+    for position, metric in enumerate(("auroc", "balanced_accuracy", "accuracy")):
+        score = scores[metric]
         found = score["low"], score["value"], score["high"]
         assert found == pytest.approx((low[position], slow(*groups)[position], high[position])), metric
 
@@ -110,22 +117,22 @@ def test_auroc_permutation_is_the_exact_one_by_brute_force():
         b = np.where(swap, ranks[0], ranks[1])
         null.append(roc_auc_score(labels, a) - roc_auc_score(labels, b))
     above, below = np.mean(np.array(null) >= observed - 1e-9), np.mean(np.array(null) <= observed + 1e-9)
-    p = auroc_p_value(given_by(labels, first), given_by(labels, second), resamples=1000)
+    p = rank_p_value(given_by(labels, first), given_by(labels, second), resamples=1000)
     assert p == pytest.approx(min(1, 2 * min(above, below)))
 
 
 def test_p_values_are_honest_without_a_difference_and_small_with_one():
-    p = [auroc_p_value(noisy(40, 1, seed), noisy(40, 1, 1000 + seed), resamples=99) for seed in range(60)]
+    p = [rank_p_value(noisy(40, 1, seed), noisy(40, 1, 1000 + seed), resamples=99) for seed in range(60)]
     assert np.mean(np.array(p) < 0.05) <= 0.13  # 3 binomial SD above 5 %
-    assert auroc_p_value(noisy(100, 3, 1), noisy(100, 0, 2), resamples=199) <= 0.01
-    assert accuracy_p_value(noisy(100, 3, 1, seeds=2), noisy(100, 0, 2, seeds=2), resamples=199) <= 0.01
+    assert rank_p_value(noisy(100, 3, 1), noisy(100, 0, 2), resamples=199) <= 0.01
+    assert mean_p_value(noisy(100, 3, 1, seeds=2), noisy(100, 0, 2, seeds=2), "accuracy", resamples=199) <= 0.01
 
 
 def test_mcnemar_is_the_binomial_test_of_discordant_subjects():
     first, second = noisy(60, 2, 1), noisy(60, 0, 2)
-    better = int(np.sum((first.correct == 1) & (second.correct == 0)))
-    worse = int(np.sum((first.correct == 0) & (second.correct == 1)))
-    assert accuracy_p_value(first, second) == pytest.approx(binomtest(better, better + worse).pvalue)
+    right = [(own.tested.outputs[:, 0, 0] > 0) == (own.tested.labels == 1) for own in (first, second)]
+    better, worse = int(np.sum(right[0] & ~right[1])), int(np.sum(~right[0] & right[1]))
+    assert mean_p_value(first, second, "accuracy") == pytest.approx(binomtest(better, better + worse).pvalue)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +149,7 @@ def test_accuracies_of_several_seeds_are_compared_by_all_exchanges_with_ties(fir
     gains = np.array(first) - second
     null = np.array([np.sum(np.where(swap, -1, 1) * gains) for swap in itertools.product((0, 1), repeat=8)])
     expected = min(1, 2 * min(np.mean(null <= gains.sum()), np.mean(null >= gains.sum())))
-    assert accuracy_p_value(*tested, resamples=1000) == pytest.approx(expected)
+    assert mean_p_value(*tested, "accuracy", resamples=1000) == pytest.approx(expected)
 
 
 def test_comparison_is_corrected_for_the_number_of_strategies():
@@ -162,7 +169,7 @@ def test_comparison_is_corrected_for_the_number_of_strategies():
 
 def test_a_control_with_shuffled_labels_is_not_compared_with_true_ones():
     control = noisy(60, 0, 1)
-    shuffled = given_by(1 - control.labels, control.margins, control.folds)
+    shuffled = given_by(1 - control.tested.labels, control.tested.outputs, control.folds)
     table = compare({"random_tube": noisy(60, 0, 0), "a": noisy(60, 1, 1), "control": shuffled}, resamples=99)
     table = table.set_index("strategy")
     assert np.isfinite(table.loc["control", "auroc"])
@@ -173,7 +180,7 @@ def test_a_control_with_shuffled_labels_is_not_compared_with_true_ones():
 def test_seeds_are_averaged_and_never_counted_as_subjects():
     """Three identical seeds: the same interval as one, not a narrower one."""
     one = noisy(60, 1, 4)
-    three = Outcomes(one.participants, one.labels, one.folds, np.repeat(one.margins, 3, axis=1))
+    three = given_by(one.tested.labels, np.repeat(one.tested.outputs, 3, axis=1), one.folds)
     for metric, score in pooled_scores(three, resamples=200).items():
         expected = pooled_scores(one, resamples=200)[metric]
         assert (score["low"], score["value"], score["high"]) == pytest.approx(
@@ -183,13 +190,12 @@ def test_seeds_are_averaged_and_never_counted_as_subjects():
 
 
 def rows(seed: int, participants: range) -> pd.DataFrame:
-    return pd.DataFrame(
-        [{"participant_id": f"s{i}", "label": i % 2, "fold": "0", "seed": seed, "margin": i} for i in participants]
-    )
+    table = subjects_of([i % 2 for i in participants], list(participants), [f"s{i}" for i in participants])
+    return table.assign(fold="0", seed=seed, threshold=0.0)
 
 
 def test_a_seed_with_unfinished_folds_is_left_out():
-    found = outcomes(pd.concat([rows(0, range(6)), rows(1, range(4))]))
-    assert found.margins.shape == (6, 1)
+    found = outcomes(pd.concat([rows(0, range(6)), rows(1, range(4))]), BINARY)
+    assert found.tested.outputs.shape == (6, 1, 1)
     with pytest.raises(InputError, match="finish the sweep"):
-        outcomes(pd.concat([rows(0, range(4)), rows(1, range(2, 6))]))
+        outcomes(pd.concat([rows(0, range(4)), rows(1, range(2, 6))]), BINARY)

@@ -18,10 +18,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from small_stores import planted_store
+from tasks import BINARY, subjects_of
 from tqdm import tqdm
 
 from bundle.anatomy.atlas import load_atlas
 from bundle.data.splits import load_splits
+from bundle.data.targets import read_target
 from bundle.errors import InputError
 from bundle.evaluation.subjects import write_test_scores
 from bundle.experiments import trial as module
@@ -48,7 +50,7 @@ def calls(monkeypatch, store):
     calls_broken: set[str] = set()
     calls_overrides: list[dict] = []
     directories: set[str] = set()
-    diagnosis = {run["participant_id"]: run["diagnosis"] for run in read_manifest(store)["runs"]}
+    diagnosis = read_target(store).labels
 
     def stage(run_id, configs, overrides, log=None, lock=None, directory=None):
         assert lock is not None
@@ -64,13 +66,11 @@ def calls(monkeypatch, store):
         if "evaluate" in configs:
             sets = load_splits(overrides["splits_file"])["sets"]
             rng = np.random.default_rng(len(calls))
-            tables = {
-                name: pd.DataFrame({"participant_id": sets[name], "label": [diagnosis[p] for p in sets[name]]}).assign(
-                    logit=lambda t: rng.normal(size=len(t)) + t["label"]
-                )
-                for name in ("validation", "test")
-            }
-            write_test_scores(tables["validation"], tables["test"], output / "evaluation", 20)
+            tables = {}
+            for name in ("validation", "test"):
+                labels = np.array([diagnosis[p] for p in sets[name]])
+                tables[name] = subjects_of(labels, rng.normal(size=len(labels)) + labels, sets[name])
+            write_test_scores(BINARY, tables["validation"], tables["test"], output / "evaluation", 20)
 
     monkeypatch.setattr(module, "run_config", stage)
     stage.calls, stage.broken, stage.overrides = calls, calls_broken, calls_overrides
@@ -409,7 +409,7 @@ def test_report_comes_from_the_results_folder_alone_and_says_synthetic(store, tm
 def test_data_of_unknown_origin_is_not_called_real(store):
     gone = planted_store(store.parent / "gone", subjects=12, effect=0.0, frames=60, per_label=1, every=60)
     (store.parent / "derivatives" / "truth.json").unlink(missing_ok=True)
-    assert describe_data(gone)["synthetic"] is None
+    assert describe_data(small(gone, store.parent))["synthetic"] is None
 
 
 def test_strategies_that_would_share_a_folder_are_refused(store, tmp_path):

@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
+from tasks import BINARY
 
 from bundle.errors import InputError
 from bundle.heads.covariance import CovarianceReadout
@@ -61,7 +62,7 @@ def scores(network: CovarianceReadout, runs: list[torch.Tensor]) -> np.ndarray:
 @pytest.mark.parametrize("subtract", ["clip_mean", "training_mean", None])
 def test_a_planted_coupling_is_found(subtract):
     network = readout(subtract=subtract)
-    network.fit(*cohort(40, 0))
+    network.fit(*cohort(40, 0), BINARY)
     runs, labels = cohort(40, 1)
     assert roc_auc_score(labels, scores(network, runs)) > 0.95
 
@@ -77,7 +78,7 @@ def test_shuffled_labels_score_about_one_half():
         for group in (0, 1):
             shuffled[group::2] = rng.permutation(np.repeat([0, 1], 10))
         network = readout()
-        network.fit(runs, shuffled)
+        network.fit(runs, shuffled, BINARY)
         found.append(roc_auc_score(labels, scores(network, others)))
     assert np.mean(found) == pytest.approx(0.5, abs=0.2)
 
@@ -110,7 +111,7 @@ def test_the_result_is_that_of_nilearn_and_scikit_learn():
     search = GridSearchCV(LogisticRegression(max_iter=5000), choices, scoring="roc_auc", cv=folds).fit(rows, labels)
     expected = search.decision_function(scaler.transform(measure.transform([courses(run) for run in others])))
     network = readout()
-    network.fit(runs, labels, seed=3)
+    network.fit(runs, labels, BINARY, seed=3)
     found = scores(network, others)
     # to single precision: an axis and its mirror image are the same component
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
@@ -122,9 +123,9 @@ def test_what_repeats_in_every_clip_does_not_count():
     (runs, labels), (others, _) = cohort(24, 0), cohort(6, 1)
     repeated = 3 * torch.randn(10, LABELS, 4)
     plain, fixed, none = readout(), readout(), readout(subtract=None)
-    plain.fit(runs, labels)
-    fixed.fit([run + repeated for run in runs], labels)
-    none.fit(runs, labels)
+    plain.fit(runs, labels, BINARY)
+    fixed.fit([run + repeated for run in runs], labels, BINARY)
+    none.fit(runs, labels, BINARY)
     torch.testing.assert_close(
         torch.tensor(scores(plain, others)),
         torch.tensor(scores(fixed, [run + repeated for run in others])),
@@ -138,7 +139,7 @@ def test_what_repeats_in_every_clip_does_not_count():
 def test_the_state_goes_through_a_file_and_other_settings_are_refused():
     (runs, labels), (others, _) = cohort(24, 0), cohort(6, 1)
     network = readout(components=[2])
-    network.fit(runs, labels)
+    network.fit(runs, labels, BINARY)
     file = io.BytesIO()
     torch.save(network.state_dict(), file)
     file.seek(0)
@@ -160,14 +161,14 @@ def test_nothing_is_learnt_from_who_is_scored():
     """A score is the same alone, and beside runs of another scale."""
     (runs, labels), (others, _) = cohort(24, 0), cohort(6, 1)
     network = readout()
-    network.fit(runs, labels)
+    network.fit(runs, labels, BINARY)
     before = {name: tensor.clone() for name, tensor in network.fitted.items()}
     found = scores(network, others)
     beside = scores(network, [*others[:3], *(100 * run**3 for run in others[3:])])
     np.testing.assert_allclose(beside[:3], found[:3], rtol=1e-6)
     assert all(torch.equal(network.fitted[name], tensor) for name, tensor in before.items())
     again = readout()
-    again.fit(runs, labels)
+    again.fit(runs, labels, BINARY)
     np.testing.assert_array_equal(scores(again, others), found)
 
 
@@ -175,12 +176,12 @@ def test_runs_of_a_participant_are_one_row():
     runs, labels = cohort(24, 0)
     network, halves = readout(subtract=None), readout(subtract=None)
     scaled = [run for pair in zip(runs, runs, strict=True) for run in pair]
-    network.fit(runs, labels)
-    halves.fit(scaled, np.repeat(labels, 2), participants=np.repeat(np.arange(24), 2).tolist())
+    network.fit(runs, labels, BINARY)
+    halves.fit(scaled, np.repeat(labels, 2), BINARY, participants=np.repeat(np.arange(24), 2).tolist())
     # a run twice has the same courses, but is shrunk less
     assert np.corrcoef(scores(network, runs), scores(halves, runs))[0, 1] > 0.99
-    with pytest.raises(InputError, match="1 cases and 1 controls"):
-        readout().fit(runs[:4], labels[:4], participants=["a", "b", "a", "b"])
+    with pytest.raises(InputError, match="1 of class 0, 1 of class 1"):
+        readout().fit(runs[:4], labels[:4], BINARY, participants=["a", "b", "a", "b"])
 
 
 def test_a_parcel_outside_a_brain_counts_as_still():
@@ -190,7 +191,7 @@ def test_a_parcel_outside_a_brain_counts_as_still():
     for run in [*runs, *others]:
         run[:, :, 10] = 0.3
     network = readout()
-    network.fit(runs, labels)
+    network.fit(runs, labels, BINARY)
     assert np.isfinite(scores(network, others)).all()
 
 
@@ -208,7 +209,7 @@ def test_what_labels_average_away_is_found():
 
     network = readout()
     network.parcels = [[0, 1], [3, 4], *([k] for k in range(6, LABELS))]
-    network.fit([opposed(run) for run in runs], labels)
+    network.fit([opposed(run) for run in runs], labels, BINARY)
     assert roc_auc_score(truth, scores(network, [opposed(run) for run in others])) > 0.95
 
 
@@ -226,12 +227,12 @@ def test_as_many_components_are_taken_as_the_training_participants_ask_for():
     others = [drowned(run, 100 + seed) for seed, run in enumerate(others)]
     one, either = readout(components=[1]), readout(components=[2, 1])
     for network in (one, either):
-        network.fit(runs, labels)
+        network.fit(runs, labels, BINARY)
     assert either.fitted["basis"].shape[-1] == 2
     assert roc_auc_score(truth, scores(either, others)) > 0.9
     assert roc_auc_score(truth, scores(one, others)) < 0.8
     plain = readout(components=[1, 2])
-    plain.fit(*cohort(40, 0))
+    plain.fit(*cohort(40, 0), BINARY)
     assert plain.fitted["basis"].shape[-1] == 1  # the second is noise
 
 
@@ -246,7 +247,7 @@ def test_features_are_read_from_images(stage: int):
     assert features.dtype == torch.float32
     if stage == 1:
         runs = [features + torch.randn(features.shape) for _ in range(12)]
-        network.fit(runs, [0, 1] * 6)
+        network.fit(runs, [0, 1] * 6, BINARY)
         torch.testing.assert_close(network(image), network(features))
 
 

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import r2_score
+from tasks import BINARY, subjects_of
 
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import REGIONS, labels_on, load_atlas
-from bundle.tasks.case_control import CaseControlLoss, SubjectScores, average_per_subject, subject_scores
+from bundle.tasks.scores import SubjectScores, average_per_subject, measure, once_tested
 from bundle.training.losses import MaskedMSELoss, masked_mse
 from bundle.training.metrics import MaskedMSE, RegionTemporalR2, TemporalR2
 
@@ -115,8 +116,8 @@ def test_temporal_r2_equals_scikit_learn_on_demeaned_series():
     assert temporal_r2(prediction, image, whole) == pytest.approx(temporal_r2(prediction, image, mask))
 
 
-def test_case_control_loss_closed_form():
-    loss = CaseControlLoss()(torch.tensor([[0.0], [math.log(3)]]), {"label": torch.tensor([[1.0], [1.0]])})
+def test_loss_of_two_classes_closed_form():
+    loss = BINARY.loss(torch.tensor([[0.0], [math.log(3)]]), {"label": torch.tensor([[1.0], [1.0]])})
     assert float(loss) == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
 
 
@@ -126,7 +127,7 @@ def test_the_unit_of_evaluation_is_the_subject_not_the_clip(clips, seed):
     """A subject with many clips weighs as much as one with a single clip, in any order and batch size."""
     rng = np.random.default_rng(seed)
     rows = [(f"s{i}", float(i % 2), float(rng.normal())) for i, n in enumerate(clips) for _ in range(n)]
-    metric = SubjectScores()
+    metric = SubjectScores(BINARY)
     order = rng.permutation(len(rows))
     for part in np.array_split(order, 3):
         if len(part):
@@ -137,7 +138,7 @@ def test_the_unit_of_evaluation_is_the_subject_not_the_clip(clips, seed):
             }
             metric.update((logits, target))
     scores = metric.compute()
-    assert [row["clips"] for row in metric.subjects] == clips
+    assert metric.subjects["clips"].tolist() == clips
     means = [np.mean([r[2] for r in rows if r[0] == f"s{i}"]) for i in range(len(clips))]
     hits = [(mean > 0) == bool(i % 2) for i, mean in enumerate(means)]
     assert scores["accuracy"] == pytest.approx(np.mean(hits))
@@ -164,9 +165,11 @@ def add_share(metrics: dict, rank: int) -> None:
 def work_as_rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        metrics = {"subjects": SubjectScores(), "mse": MaskedMSE(), "r2": TemporalR2()}
+        metrics = {"subjects": SubjectScores(BINARY), "mse": MaskedMSE(), "r2": TemporalR2()}
         add_share(metrics, rank)
-        result = {name: metric.compute() for name, metric in metrics.items()} | {"rows": metrics["subjects"].subjects}
+        result = {name: metric.compute() for name, metric in metrics.items()} | {
+            "clips": metrics["subjects"].subjects["clips"].tolist()
+        }
         Path(folder, f"{rank}.json").write_text(json.dumps(result))
     finally:  # waits for gloo's threads: one that frees a tensor while the interpreter ends would abort the process
         torch.distributed.destroy_process_group()
@@ -175,27 +178,27 @@ def work_as_rank(rank: int, folder: str) -> None:
 def test_metrics_are_computed_once_over_all_ranks(tmp_path):
     """Not per rank and then averaged: subjects have clips on both ranks, and the ranks' shares differ in size."""
     torch.multiprocessing.spawn(work_as_rank, (str(tmp_path),), nprocs=2)
-    metrics = {"subjects": SubjectScores(), "mse": MaskedMSE(), "r2": TemporalR2()}
+    metrics = {"subjects": SubjectScores(BINARY), "mse": MaskedMSE(), "r2": TemporalR2()}
     for rank in (0, 1):
         add_share(metrics, rank)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["subjects"] == pytest.approx(metrics["subjects"].compute())
-        assert [row["clips"] for row in found["rows"]] == [4, 4, 4, 4, 3, 3, 3]
+        assert found["clips"] == [4, 4, 4, 4, 3, 3, 3]
         for name in ("mse", "r2"):
             assert found[name] == pytest.approx(metrics[name].compute(), rel=1e-6)
 
 
 def test_one_class_gives_nan_not_a_crash():
-    scores = subject_scores(np.array([1, 1]), np.array([0.1, -0.2]))
+    scores = measure(BINARY, once_tested(subjects_of([1, 1], [0.1, -0.2]), BINARY))
     assert math.isnan(scores["auroc"])
     assert math.isnan(scores["balanced_accuracy"])
     assert scores["accuracy"] == 0.5
 
 
 def test_average_per_subject():
-    rows = average_per_subject([("b", 1.0, 2.0), ("a", 0.0, -1.0), ("b", 1.0, 4.0)])
-    assert rows == [
+    rows = average_per_subject([("b", 1.0, [2.0]), ("a", 0.0, [-1.0]), ("b", 1.0, [4.0])], BINARY)
+    assert rows.to_dict("records") == [
         {"participant_id": "a", "label": 0, "logit": -1.0, "clips": 1},
         {"participant_id": "b", "label": 1, "logit": 3.0, "clips": 2},
     ]

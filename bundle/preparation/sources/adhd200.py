@@ -13,8 +13,6 @@ import pandas as pd
 
 from bundle.errors import InputError
 from bundle.preparation.sources.participants import (
-    CASE,
-    CONTROL,
     Labels,
     Run,
     files_below,
@@ -115,8 +113,6 @@ def from_nilearn_adhd(
 
 def _with_phenotype(run: Run, row: dict[str, Any] | None, labels: Labels) -> Run:
     problem = None if row is not None else f"{run['participant_id']} has no row in the phenotypic table"
-    if row is not None and row["diagnosis"] is None:
-        problem = f"{run['participant_id']} has no diagnosis (DX is {row['DX']!r})"
     return with_participant(run, row or {}, labels, problem)
 
 
@@ -158,7 +154,7 @@ def _phenotype(cells: dict[str, str], path: Path) -> dict[str, Any]:
     dx, site = values["DX"], values.get("Site")
     if dx is not None and not (isinstance(dx, int) and dx in DX):
         raise InputError(f"{path} has the DX {dx!r} for {cells[ID]}; it must be 0 to 3, -999, pending or withheld")
-    diagnosis = None if dx is None else CONTROL if dx == 0 else CASE
+    diagnosis = None if dx is None else "control" if dx == 0 else "adhd"
     others = {key: value for key, value in values.items() if key not in (ID, "DX", "Site")}
     name = SITES.get(site, str(site)) if isinstance(site, int) else site
     return {
@@ -188,7 +184,8 @@ def _nilearn_table(path: Path) -> dict[str, dict[str, Any]]:
         if values["adhd"] not in (0, 1, None):
             raise InputError(f"{path} has adhd {cells['adhd']!r} for {cells['Subject']}; it must be 0, 1 or empty")
         others = {key: value for key, value in values.items() if key not in ("Subject", "adhd", "Site")}
+        diagnosis = None if values["adhd"] is None else ("control", "adhd")[int(values["adhd"])]
         by_id[str(cells["Subject"]).zfill(7)] = {
-            "site": values["Site"], "diagnosis": values["adhd"], "DX": cells["adhd"], **others,
+            "site": values["Site"], "diagnosis": diagnosis, "DX": cells["adhd"], **others,
         }  # fmt: skip
     return by_id

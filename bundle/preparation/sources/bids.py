@@ -30,8 +30,8 @@ def from_bids(
         derivatives: the folder that holds the sub-* folders.
         participants: participants.tsv; by default the one in `derivatives`, else in the nearest folder above, up to
             two levels (as for a dataset's derivatives/fmriprep).
-        labels: "required" marks a run whose participant has no row or no diagnosis with a "problem"; "optional"
-            keeps it, as pretraining needs no label.
+        labels: "required" marks a run whose participant has no row, or no site, with a "problem"; "optional" keeps it,
+            as pretraining and inference need neither.
 
     Returns:
         Runs sorted by run id (see the package).

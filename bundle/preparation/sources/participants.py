@@ -15,18 +15,6 @@ from bundle.preparation.bids_names import entities, stem
 Run = dict[str, Any]
 Labels = Literal["required", "optional"]
 
-CONTROL, CASE = 0, 1
-DIAGNOSES = {
-    "0": CONTROL,
-    "control": CONTROL,
-    "tdc": CONTROL,
-    "typically developing": CONTROL,
-    "1": CASE,
-    "adhd": CASE,
-    "adhd-combined": CASE,
-    "adhd-inattentive": CASE,
-    "adhd-hyperactive/impulsive": CASE,
-}
 TEXT_COLUMNS = ("participant_id", "run_id", "bold", "mask", "confounds", "space", "site", "diagnosis")
 _OUTPUT_ENTITIES = ("space", "cohort", "res", "den", "desc")  # say how a run was processed, not which run it is
 
@@ -60,7 +48,7 @@ def read_participants(path: Path, labels: Labels) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: the table cannot be used, or gives a participant two rows.
     """
-    rows = read_table(path, ["participant_id", *(("site", "diagnosis") if labels == "required" else ())])
+    rows = read_table(path, ["participant_id", *(["site"] if labels == "required" else [])])
     by_id: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(records(rows), start=2):
         if row["participant_id"] is None:
@@ -88,10 +76,10 @@ def find_participants(folder: Path, given: str | Path | None, labels: Labels) ->
 
 
 def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
-    """Read a .csv or .tsv table, its diagnoses as 0 (control), 1 (case) or missing.
+    """Read a .csv or .tsv table, with the columns `site` and `diagnosis` in any case.
 
     Raises:
-        InputError: it cannot be read, lacks a required column, is empty, or has an unknown diagnosis.
+        InputError: it cannot be read, lacks a required column, or is empty.
     """
     separators = {".csv": ",", ".tsv": "\t"}
     if path.suffix not in separators:
@@ -109,12 +97,7 @@ def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
         raise InputError(f"{path} has rows with more fields than its header; remove the separator at their ends")
     for column in rows.columns.intersection(TEXT_COLUMNS):
         rows[column] = rows[column].str.strip()  # "sub-01 " and "sub-01", or "A " and "A", are one
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, "site", "diagnosis"])))
-    # 1.0 is how pandas writes whole numbers beside gaps
-    texts = rows["diagnosis"].astype(str).str.strip().str.lower().str.removesuffix(".0").mask(rows["diagnosis"].isna())
-    if unknown := sorted(set(texts.dropna()) - DIAGNOSES.keys()):
-        raise InputError(f"{path} has the diagnosis {', '.join(unknown)}; use 0 or control, 1 or ADHD, or n/a")
-    return rows.assign(diagnosis=texts.map(DIAGNOSES))
+    return rows.reindex(columns=list(dict.fromkeys([*rows.columns, "site", "diagnosis"])))
 
 
 def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -126,11 +109,11 @@ def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def with_participant(run: Run, row: dict[str, Any], labels: Labels, problem: str | None) -> Run:
-    """Add a participant's site, diagnosis and other columns; marks what is missing as a problem where required."""
+    """Add a participant's columns; where labels are required, no row, or none with a site, is a problem."""
     known = {*TEXT_COLUMNS, "tr"}
     run |= {
         "site": row.get("site"),
-        "diagnosis": None if row.get("diagnosis") is None else int(row["diagnosis"]),
+        "diagnosis": row.get("diagnosis"),
         "participant": {  # JSON has no infinity
             key: str(value) if value in (math.inf, -math.inf) else value
             for key, value in row.items()
@@ -138,9 +121,8 @@ def with_participant(run: Run, row: dict[str, Any], labels: Labels, problem: str
         },
     }
     if labels == "required":
-        for column in ("diagnosis", "site"):
-            if problem is None and run[column] is None:
-                problem = f"{run['participant_id']} has no {column} in the participants' table"
+        if problem is None and run["site"] is None:
+            problem = f"{run['participant_id']} has no site in the participants' table"
         if problem is not None:
             run["problem"] = f"{problem}; add it, or prepare with labels=optional (enough for pretraining)"
     return run

@@ -31,14 +31,14 @@ def from_table(table: str | Path, labels: Labels = "required") -> list[Run]:
             the participant where the name has no BIDS sub entity.
 
     Raises:
-        InputError: the table cannot be read or lacks a column or a value; a diagnosis is unknown or differs
-            between a participant's rows; two rows have the same run id.
+        InputError: the table cannot be read or lacks a column or a value; a site differs between a
+            participant's rows; two rows have the same run id.
     """
     table = Path(table)
-    rows = read_table(table, ["participant_id", "bold", *(("site", "diagnosis") if labels == "required" else ())])
+    rows = read_table(table, ["participant_id", "bold", *(["site"] if labels == "required" else [])])
     for participant_id, group in rows.groupby("participant_id"):
-        if group["diagnosis"].nunique(dropna=False) > 1 or group["site"].nunique(dropna=False) > 1:
-            raise InputError(f"{table} gives {participant_id} more than one site or diagnosis; correct its rows")
+        if group["site"].nunique(dropna=False) > 1:
+            raise InputError(f"{table} gives {participant_id} more than one site; correct its rows")
     runs = [_run(row, number, table, labels) for number, row in enumerate(records(rows), start=2)]
     repeated = [run_id for run_id, count in Counter(run["run_id"] for run in runs).items() if count > 1]
     if repeated:

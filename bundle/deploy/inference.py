@@ -124,7 +124,7 @@ class Predictions:
         warnings = {name: OTHER_MASK for name, kind in kinds.items() if kind not in self.model["brain_masks"]}
         metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
         about = {
-            "columns": COLUMNS | said,
+            "columns": {name: (COLUMNS | said)[name] for name in table},
             "intended_use": metadata["intended_use"],
             "refused_runs": {row["run_id"]: row["reason"] for row in rows if row["status"] in REFUSED},
             "warnings": warnings,

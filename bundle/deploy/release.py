@@ -79,6 +79,11 @@ class ReleasedModel:
             InputError: the network has other sizes than the one that was trained, or another readout.
         """
         advice = "give the overlays and options that it was trained with"
+        if network.outputs != self.task.outputs:
+            raise InputError(
+                f"{self.path}: predicts {self.task.column} by {self.task.outputs} outputs, not {network.outputs}; give "
+                f"--outputs {self.task.outputs}"
+            )
         Provenance(network=network.encoder.size).require(
             self.record, self.path.with_suffix(".json"), ["network"], advice=advice
         )

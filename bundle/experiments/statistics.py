@@ -214,7 +214,7 @@ def mean_p_value(first: Outcomes, second: Outcomes, metric: str, resamples: int 
         return float(mcnemar(table, exact=True).pvalue)
 
     def difference(x: NDArray, y: NDArray, axis: int) -> NDArray:
-        return np.round(np.mean(x - y, axis=axis), 12)  # ties are ties, in whatever order it is summed
+        return np.round((x - y).mean(axis), 12)  # ties are ties, in whatever order it is summed
 
     return _permuted((a, b), difference, resamples, seed)
 

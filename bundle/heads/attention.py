@@ -24,7 +24,7 @@ class AttentionClassifier(OnEncoder):
     """
 
     def __init__(self, freeze: bool = True, outputs: int = 1, queries: int = 1, **encoder: Any) -> None:
-        super().__init__(freeze, **encoder)
+        super().__init__(freeze, outputs, **encoder)
         channels = self.encoder.channels
         self.queries = nn.Parameter(torch.zeros(queries, channels))
         self.head = nn.Linear(queries * channels, outputs)

@@ -76,6 +76,7 @@ class CovarianceReadout(nn.Module):
         edge, channels = self.encoder.tokens_of(stage)
         if not components or not all(1 <= number <= channels for number in components):
             raise InputError(f"components must be 1 to {channels}, the channels of stage {stage}, not {components}")
+        self.outputs = outputs
         self.stage, self.components, self.subtract = stage, sorted(components), subtract
         self.parcels = label_members(atlas, level)
         self.register_buffer("shares", token_shares(atlas, edge, self.encoder.image_size), persistent=False)

@@ -28,7 +28,7 @@ class Classifier(OnEncoder):
     """
 
     def __init__(self, freeze: bool = True, outputs: int = 1, **encoder: Any) -> None:
-        super().__init__(freeze, **encoder)
+        super().__init__(freeze, outputs, **encoder)
         self.head = nn.Linear(self.encoder.channels, outputs)
 
     def features(self, image: Tensor) -> Tensor:

@@ -14,11 +14,13 @@ class OnEncoder(nn.Module):
 
     Args:
         freeze: keep the encoder as it is: no gradients, always in evaluation mode. Else it is trained as well.
+        outputs: numbers per clip or run, see `bundle.tasks.task.Task`.
         **encoder: the arguments of `SwinMambaEncoder`.
     """
 
-    def __init__(self, freeze: bool, **encoder: Any) -> None:
+    def __init__(self, freeze: bool, outputs: int, **encoder: Any) -> None:
         super().__init__()
+        self.outputs = outputs
         self.freeze = freeze
         self.encoder = SwinMambaEncoder(**encoder)
         # features of a frozen encoder do not drift, so all batches count alike in the mean and variance (momentum None)

@@ -17,14 +17,25 @@ from bundle.tasks.task import Task
 KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (Binary, Multiclass, Regression)}
 
 
-def task_of(target: Target, splits_file: str | Path) -> Task:
+def task_of(target: Target, splits_file: str | Path, outputs: int | None = None) -> Task:
     """The task of a target; a number's mean and SD are those of the split file's training subjects.
 
+    Args:
+        target: what is predicted.
+        splits_file: the split file.
+        outputs: of the network; None: there is none.
+
     Raises:
-        InputError: the training subjects' values do not differ.
+        InputError: the network has another number of outputs, or the training subjects' values do not differ.
     """
     if target.kind != "regression":
-        return KINDS[target.kind](target.column, target.classes)
+        task = KINDS[target.kind](target.column, target.classes)
+        if outputs not in (None, task.outputs):
+            raise InputError(
+                f"{target.column!r} has the classes {', '.join(target.classes)}, but the network has {outputs} outputs; "
+                f'say the classes and their order: --classes "{list(target.classes)}"'
+            )
+        return task
     train = load_splits(splits_file)["sets"]["train"]
     values = [target.labels[name] for name in train if name in target.labels]
     sd = float(np.std(values)) if values else 0.0

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from monai.bundle import ConfigParser
 from small_stores import planted_store
+from tasks import BINARY, subjects_of
 from tiny_configs import ROOT
 
 from bundle.data.splits import SETS, make_splits, save_splits
@@ -96,8 +97,9 @@ def test_the_test_config_takes_the_threshold_from_validation(small_store, tmp_pa
     parser = parsed(small_store, "train", "evaluate", output_dir=str(tmp_path), bootstrap_resamples=20)
     ran: list[str] = []
     for name, logits in (("validation", [-3.0, -2.0, 1.0, 2.0]), ("test", [-9.0, -8.0, -7.0, 5.0])):
-        rows = pd.DataFrame({"participant_id": list("abcd"), "label": [0, 0, 1, 1], "logit": logits})
-        parser[f"{name}_scores"] = SimpleNamespace(subjects=rows.to_dict("records"))
+        members = [run["participant_id"] for run in read_manifest(small_store)["runs"]][:4]
+        rows = subjects_of([0, 0, 1, 1], logits, members).drop(columns="site")
+        parser[f"{name}_scores"] = SimpleNamespace(subjects=rows, task=BINARY)
         evaluator = SimpleNamespace(run=lambda name=name: ran.append(name))
         parser["validate#evaluator" if name == "validation" else "evaluator"] = evaluator
     parser.get_parsed_content("run#1")
@@ -109,7 +111,7 @@ def test_the_test_config_takes_the_threshold_from_validation(small_store, tmp_pa
 
 SHARED = ("pretrain", "train", "inference")
 OF_ITS_OWN = {
-    "imports", "dataset_dir", "output_dir", "batch_size", "network_def#_target_", "network_def#in_channels", "network",
+    "imports", "dataset_dir", "output_dir", "outputs", "batch_size", "network_def#_target_", "network_def#in_channels", "network",
     "optimizer#params", "loss#_target_", "inferer#precision", "dataloader", "train#dataset#transform",
     "train#preprocessing#random", "train#reports#description", "train#handlers#0#transforms", "train#handlers#2#metric",
     "train#handlers#2#lower_is_better", "train#trainer#prepare_batch", "validate#dataset#transform",

@@ -67,6 +67,7 @@ def test_it_is_tested_released_served_and_attributed(grown, derivatives, tmp_pat
     release(folder / "best.pt", folder / "models")
     infer = {"dataset_dir": str(derivatives), "output_dir": str(tmp_path / "served")}
     infer |= {"checkpoint": str(folder / "models" / "model.pt")} | (FEW if readout == "covariance" else {})
+    infer |= {"outputs": 3} if name == "subtype" else {}
     run("inference", *overlays(readout), kind="infer", **infer)
     served = pd.read_csv(tmp_path / "served" / "predictions.tsv", sep="\t").set_index("participant_id")
     columns = ["predicted"] if name == "age" else ["logit_none", "logit_mild", "logit_severe", "probability_severe"]
@@ -111,6 +112,19 @@ def test_a_changed_label_is_noticed(grown, tmp_path):
     with pytest.raises(RuntimeError) as caught:
         run("train", "evaluate", **(options | {"dataset_dir": str(copy)}))
     assert "was made with" in sentence(caught.value)
+
+
+def test_several_classes_are_named_and_a_model_of_them_says_its_outputs(grown, derivatives, tmp_path):
+    options = settings(grown, tmp_path, "subtype", "mean")
+    with pytest.raises(RuntimeError) as caught:
+        run("train", **(options | {"classes": None}))
+    assert "has the classes mild, none, severe, but the network has 1 outputs" in sentence(caught.value)
+    run("train", **options)
+    release(tmp_path / "subtype-mean" / "best.pt", tmp_path / "models")
+    given = {"dataset_dir": str(derivatives), "checkpoint": str(tmp_path / "models" / "model.pt")}
+    with pytest.raises(RuntimeError) as caught:
+        run("inference", kind="infer", output_dir=str(tmp_path / "out"), **given)
+    assert "predicts subtype by 3 outputs, not 1; give --outputs 3" in sentence(caught.value)
 
 
 def test_a_class_is_chosen_to_be_attributed_or_refused(grown, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tasks import BINARY
 
 from bundle.deploy.inference import Predictions
 from bundle.preparation.transforms import CONSTANT
@@ -18,7 +19,7 @@ def predictions_of(folder, masks):
     manifest = {"format": 2, "parameters": {}, "parameters_hash": "", "runs": runs}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "summary.tsv").write_text("run_id\tstatus\treason\n" + "".join(f"{name}\tprepared\t\n" for name in masks))
-    return Predictions(folder, folder, {"brain_masks": ["given"]})
+    return Predictions(folder, folder, BINARY, {"brain_masks": ["given"]})
 
 
 def test_a_participant_s_probability_is_the_sigmoid_of_the_mean_logit_of_all_clips(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tasks import BINARY
 
 from bundle.data.normalisation import Normalisation
 from bundle.deploy.release import ReleasedModel, release
@@ -24,6 +25,7 @@ def released(folder: Path, **facts: object) -> tuple[Path, Classifier]:
         "preparation": load_preparation(new_tr=1.0).parameters(),
         "brain_masks": ["given"],
         "network": network.encoder.size,
+        "task": BINARY.facts(),
         "normalisation": {"mode": "voxel", "sd_floor": 0.2, "clip": 4.0, "per_frame": True},
     }
     provenance = Provenance(**(made_with | facts))
@@ -39,6 +41,7 @@ def test_release_round_trip(tmp_path: Path):
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, twin.state_dict()[name]), name
     assert model.precision == "bf16"
+    assert model.task.facts() == BINARY.facts()
     assert model.normalisation == Normalisation("voxel", sd_floor=0.2, clip=4.0, per_frame=True)
     assert model.preparation.parameters() == load_preparation(new_tr=1.0).parameters()
 

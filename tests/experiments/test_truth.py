@@ -5,12 +5,14 @@ import pandas as pd
 import pytest
 from sklearn.linear_model import RidgeClassifier
 from small_stores import planted_store
+from tasks import BINARY, subjects_of
 
 from bundle.data.splits import make_splits
 from bundle.errors import InputError
-from bundle.experiments.statistics import metric_of, outcomes
+from bundle.experiments.statistics import outcomes
 from bundle.experiments.sweep import Sweep
 from bundle.experiments.truth import summarise, truth_test
+from bundle.tasks.scores import measure
 
 
 def cohort(folder, subjects, planted, effect, seed):
@@ -64,9 +66,9 @@ def test_cross_validation_without_an_effect_scores_one_half_on_average():
             sets = make_splits(runs, folds=3, fold=fold)["sets"]
             train, test = (np.array([int(name) for name in sets[subset]]) for subset in ("train", "test"))
             model = RidgeClassifier().fit(features[train], labels[train])
-            columns = {"participant_id": sets["test"], "label": labels[test], "fold": str(fold), "seed": 0}
-            parts.append(pd.DataFrame(columns | {"margin": model.decision_function(features[test])}))
-        found.append(metric_of(outcomes(pd.concat(parts)), "auroc"))
+            scored = subjects_of(labels[test], model.decision_function(features[test]), sets["test"])
+            parts.append(scored.assign(fold=str(fold), seed=0, threshold=0.0))
+        found.append(measure(BINARY, outcomes(pd.concat(parts), BINARY).tested)["auroc"])
     assert np.mean(found) == pytest.approx(0.5, abs=3 * 0.086 / np.sqrt(300))
 
 

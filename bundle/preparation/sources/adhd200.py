@@ -2,9 +2,14 @@
 
 Athena: https://www.nitrc.org/plugins/mwiki/index.php/neurobureau:AthenaPipeline. Its runs are in MNI space at 4 mm:
 `snwmrda<ID>_session_<N>_rest_<M>.nii.gz`, and the same band-passed, `sfnwmrda...`, whose values lie around 0.
+
+A participant's columns dx, age, sex, handedness and handedness_score have these names whatever the table, and words for
+codes; the others are as the table has them.
 """
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +25,12 @@ from bundle.preparation.sources.participants import (
     with_participant,
 )
 
+logger = logging.getLogger(__name__)
+
 ATHENA = re.compile(r"sf?nwmrda(?P<id>\d{5,7})_session_(?P<session>\d+)_rest_(?P<rest>\d+)\.nii(\.gz)?")
 NILEARN = re.compile(r"(?P<id>\d{7})_rest_tshift_RPI_voreg_mni\.nii(\.gz)?")
 NILEARN_TABLE = "ADHD200_40subs_motion_parameters_and_phenotypics.csv"
+NILEARN_SUBTYPES = {"adhd_combined": "adhd-combined", "adhd_inattentive": "adhd-inattentive"}
 SITES = {
     1: "Peking",
     2: "Brown",
@@ -33,10 +41,16 @@ SITES = {
     7: "Pittsburgh",
     8: "WashU",
 }
-"""Site codes of the phenotypic key, http://fcon_1000.projects.nitrc.org/indi/adhd200/."""
-DX = {0: "TDC", 1: "ADHD-Combined", 2: "ADHD-Hyperactive/Impulsive", 3: "ADHD-Inattentive"}
+"""Site codes of the phenotypic key, as all codes below:
+https://fcon_1000.projects.nitrc.org/indi/adhd200/general/ADHD-200_PhenotypicKey.pdf."""
+DX = {0: "control", 1: "adhd-combined", 2: "adhd-hyperactive/impulsive", 3: "adhd-inattentive"}
+SEX = {"0": "female", "1": "male", "f": "female", "m": "male"}
+HANDEDNESS = {"0": "left", "1": "right", "2": "ambidextrous", "l": "left", "r": "right"}
+SCORES_HANDEDNESS = "NYU"
+"""The site that gives a score of the Edinburgh inventory, -1 (left) to 1 (right), instead of a code."""
 MISSING = ("-999", "-999.0", "pending", "withheld", "n/a", "nan", "")
 ID = "ScanDir ID"
+AGREE = ("site", "diagnosis", "dx", "sex")
 
 
 def from_adhd200(
@@ -48,7 +62,8 @@ def from_adhd200(
         paths: files; those named otherwise than Athena's runs are left out.
         root: the folder they were looked for in.
         participants: phenotypic table; by default every .csv and .tsv in `root`, the folders below it and the one
-            above that has a "ScanDir ID" column.
+            above that has "ScanDir ID" and "DX", or, as the released key of the test set, "ID", "Site" and "DX". What
+            one table leaves open is taken from the others.
         labels: see `from_bids`; a DX of -999, pending or withheld is a missing label.
 
     Returns:
@@ -123,16 +138,19 @@ def _phenotypes(root: Path, given: str | Path | None, labels: Labels) -> dict[st
     by_id: dict[str, dict[str, Any]] = {}
     for path in tables:
         rows = _read(path)
-        if ID not in rows or "DX" not in rows:
+        if ID not in rows or "dx" not in rows:
             if given is not None:
                 raise InputError(f"{path} has no column {ID!r} or 'DX'; give ADHD-200's phenotypic table")
             continue
-        for cells in rows.to_dict("records"):
-            row = _phenotype(cells, path)
-            known = by_id.setdefault(str(cells[ID]).removesuffix(".0").zfill(7), row)
-            if any(known[key] != row[key] and None not in (known[key], row[key]) for key in ("site", "diagnosis")):
-                raise InputError(f"{path} gives {cells[ID]} another site or diagnosis than another table; correct it")
-            by_id[str(cells[ID]).removesuffix(".0").zfill(7)] = known if known["diagnosis"] is not None else row
+        people = [cells for cells in rows.to_dict("records") if cells[ID].strip()]  # a line without an id is nobody's
+        for cells, row in zip(people, _named([_phenotype(cells, path) for cells in people], path), strict=True):
+            name = cells[ID].strip().removesuffix(".0").zfill(7)
+            known = by_id.get(name, {})
+            if any(len({known.get(key), row.get(key)} - {None}) > 1 for key in AGREE):
+                raise InputError(
+                    f"{path} gives {cells[ID]} another site, diagnosis or sex than another table; correct it"
+                )
+            by_id[name] = row | {key: value for key, value in known.items() if value is not None}
     if not by_id and labels == "required":
         raise InputError(f"{root} holds no phenotypic table with {ID!r} and 'DX'; give it, or labels=optional")
     return by_id
@@ -145,21 +163,40 @@ def _read(path: Path) -> pd.DataFrame:
         rows = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding_errors="replace")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a table ({error}); check the path") from error
-    usual = {"scandirid": ID, "dx": "DX", "site": "Site"}
-    return rows.rename(columns=lambda name: usual.get(re.sub(r"[^a-z]", "", name.lower()), name))
+    plain = {name: re.sub(r"[^a-z]", "", name.lower()) for name in rows}
+    usual = {"scandirid": ID, "dx": "dx", "site": "site", "age": "age", "gender": "sex", "handedness": "handedness"}
+    if {"site", "dx"} <= set(plain.values()) and "scandirid" not in plain.values():
+        usual["id"] = ID  # the key of the test set, and Peking's own table of it
+    return rows.rename(columns=lambda name: usual.get(plain[name], name.strip()))
 
 
 def _phenotype(cells: dict[str, str], path: Path) -> dict[str, Any]:
-    values = {key: _value(text) for key, text in cells.items()}
-    dx, site = values["DX"], values.get("Site")
+    values = {key: _value(text) for key, text in cells.items() if key != ID}
+    dx, site = values["dx"], values.get("site")
     if dx is not None and not (isinstance(dx, int) and dx in DX):
         raise InputError(f"{path} has the DX {dx!r} for {cells[ID]}; it must be 0 to 3, -999, pending or withheld")
-    diagnosis = None if dx is None else "control" if dx == 0 else "adhd"
-    others = {key: value for key, value in values.items() if key not in (ID, "DX", "Site")}
+    word = None if dx is None else DX[dx]
     name = SITES.get(site, str(site)) if isinstance(site, int) else site
-    return {
-        "site": name, "diagnosis": diagnosis, **others, "DX": cells["DX"].strip() if dx is None else DX[dx],
-    }  # fmt: skip
+    return values | {"site": name, "diagnosis": None if dx is None else "control" if dx == 0 else "adhd", "dx": word}
+
+
+def _named(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Participants with words for codes of sex and handedness; unknown codes are missing, with a warning."""
+    unknown: Counter[str] = Counter()
+    named = []
+    for row in rows:
+        row = row | {"handedness_score": None} if "handedness" in row else dict(row)
+        hand = row.get("handedness")
+        if isinstance(hand, float) or (isinstance(hand, int) and row["site"] == SCORES_HANDEDNESS):
+            row |= {"handedness": None, "handedness_score": hand}
+        for column, words in (("sex", SEX), ("handedness", HANDEDNESS)):
+            if (value := row.get(column)) is not None:
+                row[column] = words.get(str(value).lower())
+                unknown[f"{column} {value!r}"] += row[column] is None
+        named.append(row)
+    for what, count in (+unknown).items():
+        logger.warning("%s: the %s of %d participants is no code of ADHD-200, so it is missing", path, what, count)
+    return named
 
 
 def _value(text: str) -> int | float | str | None:
@@ -176,16 +213,18 @@ def _value(text: str) -> int | float | str | None:
 
 def _nilearn_table(path: Path) -> dict[str, dict[str, Any]]:
     rows = _read(path)
-    if missing := [column for column in ("Subject", "adhd", "Site") if column not in rows]:
+    if missing := [column for column in ("Subject", "adhd", "site") if column not in rows]:
         raise InputError(f"{path} has no column {' or '.join(missing)}; give nilearn's {NILEARN_TABLE}")
-    by_id = {}
-    for cells in rows.to_dict("records"):
-        values = {key: _value(text) for key, text in cells.items()}
+    people = rows.to_dict("records")
+    described = []
+    for cells in people:
+        values = {key: _value(text) for key, text in cells.items() if key != "Subject"}
         if values["adhd"] not in (0, 1, None):
             raise InputError(f"{path} has adhd {cells['adhd']!r} for {cells['Subject']}; it must be 0, 1 or empty")
-        others = {key: value for key, value in values.items() if key not in ("Subject", "adhd", "Site")}
-        diagnosis = None if values["adhd"] is None else ("control", "adhd")[int(values["adhd"])]
-        by_id[str(cells["Subject"]).zfill(7)] = {
-            "site": values["Site"], "diagnosis": diagnosis, "DX": cells["adhd"], **others,
-        }  # fmt: skip
-    return by_id
+        code = values.pop("adhd")
+        subtypes = [word for column, word in NILEARN_SUBTYPES.items() if values.get(column) == 1]
+        words = ["control"] if code == 0 else subtypes if code == 1 else []
+        diagnosis = None if code is None else "adhd" if code else "control"
+        described.append(values | {"diagnosis": diagnosis, "dx": words[0] if len(words) == 1 else None})
+    names = [cells["Subject"].zfill(7) for cells in people]
+    return dict(zip(names, _named(described, path), strict=True))

@@ -32,8 +32,8 @@ def task_of(target: Target, splits_file: str | Path, outputs: int | None = None)
         task = KINDS[target.kind](target.column, target.classes)
         if outputs not in (None, task.outputs):
             raise InputError(
-                f"{target.column!r} has the classes {', '.join(target.classes)}, but the network has {outputs} outputs; "
-                f'say the classes and their order: --classes "{list(target.classes)}"'
+                f"{target.column!r} has the classes {', '.join(target.classes)}, but the network has {outputs} "
+                f'outputs; say the classes and their order: --classes "{list(target.classes)}"'
             )
         return task
     train = load_splits(splits_file)["sets"]["train"]

@@ -111,7 +111,8 @@ def test_the_test_config_takes_the_threshold_from_validation(small_store, tmp_pa
 
 SHARED = ("pretrain", "train", "inference")
 OF_ITS_OWN = {
-    "imports", "dataset_dir", "output_dir", "outputs", "batch_size", "network_def#_target_", "network_def#in_channels", "network",
+    "imports", "dataset_dir", "output_dir", "outputs", "batch_size", "network_def#_target_", "network_def#in_channels",
+    "network",
     "optimizer#params", "loss#_target_", "inferer#precision", "dataloader", "train#dataset#transform",
     "train#preprocessing#random", "train#reports#description", "train#handlers#0#transforms", "train#handlers#2#metric",
     "train#handlers#2#lower_is_better", "train#trainer#prepare_batch", "validate#dataset#transform",

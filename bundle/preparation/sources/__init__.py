@@ -7,7 +7,7 @@ A run is a dictionary:
     bold, mask      paths; mask may be None
     confounds       path of the run's own table of confounds, or None
     tr, space       the user's word, or None to take the file's
-    site, diagnosis site's name and 1 (case) or 0 (control); either may be None
+    site, diagnosis as in the participants' table; either may be None
     participant     the participant's other columns
     problem         only where the run must not be prepared: why
 

@@ -80,7 +80,7 @@ class SampleTransform:
         """Transform.
 
         Raises:
-            InputError: the sample has voxels of another mask, no usable TR, or the same value everywhere.
+            InputError: the sample has voxels of another mask, no usable TR, or no signal.
         """
         tr = float(sample["tr"])
         if not TR_RANGE[0] <= tr <= TR_RANGE[1]:
@@ -89,8 +89,10 @@ class SampleTransform:
         if bold.shape[1] != self.voxels:
             raise InputError(f"a sample has {bold.shape[1]} voxels, but the brain mask of the suite {self.voxels}")
         raw = bold[:, self.columns] * sd[:, self.columns] + mean[:, self.columns]
-        raw = resample_tr(raw, tr, self.tr)
         varies = np.ptp(raw, axis=0) > 0
+        if not varies.any():
+            raise InputError("no voxel of a sample varies over time; it holds no signal")
+        raw = resample_tr(raw, tr, self.tr)
         z, moments, whole_mean, whole_sd = zscore(raw[:, varies])
         frames = np.zeros((max(len(raw), self.frames), len(self.columns)), np.float16)
         frames[: len(raw), varies] = z

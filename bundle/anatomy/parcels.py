@@ -14,7 +14,7 @@ Parcels = Mapping[str, tuple[int, ...]]
 
 
 def parcels_of(atlas: Atlas, level: str) -> dict[str, tuple[int, ...]]:
-    """The parcels of a level: "group" (the groups, and the rest, of AAL3 the insula) or "label" (each label by itself)."""
+    """The parcels of a level: "group" (the groups, and the rest: AAL3's insula) or "label" (each label by itself)."""
     if level == "label":
         return {name: (number,) for number, name in atlas.names.items()}
     rest = set(atlas.names).difference(*atlas.groups.values())
@@ -42,8 +42,10 @@ def label_map(values: Mapping[str, float], atlas: Atlas) -> nib.Nifti1Image:
 
 def _painted(atlas: Atlas, values: Sequence[float], dtype: np.dtype) -> NDArray:
     """An array of `grid.SHAPE` with the value of each label, in the order of `Atlas.names`; 0 without a label."""
-    numbers = [0, *atlas.names]  # ascending
-    return np.array([0, *values], dtype)[np.searchsorted(numbers, labels_on(atlas, grid.AFFINE, grid.SHAPE))]
+    numbers, painted = np.array([0, *atlas.names]), np.array([0, *values], dtype)
+    order = np.argsort(numbers)
+    places = np.searchsorted(numbers[order], labels_on(atlas, grid.AFFINE, grid.SHAPE))
+    return painted[order][places]
 
 
 def dense(values: NDArray, voxels: NDArray, fill: float = 0) -> NDArray:

@@ -84,7 +84,11 @@ def paint(
         raise InputError(f"seed must be a whole number of at least 0, not {seed!r}.")
     site = Site("painted", float(tr), float(voxel_mm), axcodes="RAS", intensity=1000.0, dtype="int16")
     loaded = load_atlas(atlas)
-    numbers = np.array(list(loaded.names))  # ascending
+    numbers = np.array(list(loaded.names))
+    if np.any(np.diff(numbers) <= 0):
+        raise InputError(
+            f"the labels of {atlas} are not in ascending order in its table, as the columns of {series} must be"
+        )
     subjects, courses = read_series(Path(series), len(numbers), frames)
     plan = plan_painted(subjects, Path(participants), column, case, threshold, where)
     files = {"series": series, "participants": participants}

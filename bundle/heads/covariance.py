@@ -109,8 +109,8 @@ class CovarianceReadout(nn.Module):
             if state["settings"].get(name) != here:
                 was = state["settings"].get(name)
                 raise InputError(
-                    f"the covariance readout was fitted with {name} {was!r}, but here it is {here!r}; give the overlays "
-                    "and options, such as --atlas, that it was trained with"
+                    f"the covariance readout was fitted with {name} {was!r}, but here it is {here!r}; give the "
+                    "options, such as --atlas, that it was trained with"
                 )
         self.fitted = {name: tensor.cpu() for name, tensor in state["fitted"].items()}
 

@@ -54,11 +54,18 @@ def region_series(store: str | Path, run: dict, atlas: Atlas) -> pd.DataFrame:
     Returns:
         (T, labels), detrended and scaled to SD 1, columns named by label; labels with fewer than 5 voxels in the brain
         are left out.
+
+    Raises:
+        InputError: no label has that many.
     """
     voxels = read_voxels(store, run["run_id"])
     labels = labels_on(atlas, grid.AFFINE, grid.SHAPE).ravel()[voxels]
     numbers, counts = np.unique(labels[labels > 0], return_counts=True)
     numbers = numbers[counts >= FEWEST_VOXELS]
+    if not len(numbers):
+        raise InputError(
+            f"{store}: no label of {atlas.source} has {FEWEST_VOXELS} voxels in the brain of {run['run_id']}"
+        )
     kept = np.where(np.isin(labels, numbers), labels, 0).astype(np.int32)
     frames = read_values(store, run["run_id"], 0, run["frames"]).T  # (T, V) -> (V, T)
     masker = NiftiLabelsMasker(

@@ -9,8 +9,7 @@ A sweep is a small JSON file:
                 with overrides for the two stages, and "readout", a name of configs/readouts, if it is not the mean;
                 {"mask": "equal", "regions": ["limbic", ["frontal", "cerebellum"]]} stands for one strategy per item,
                 named equal_limbic and equal_frontal_cerebellum (of the mask "region", which is pretrain.json's own,
-                just limbic); "regions": "all" for one per group of the atlas.
-                "atlas": ["AAL3", "AAL116"] multiplies too, and comes first in the names: AAL3_equal_limbic
+                just limbic); "atlas": ["AAL3", "AAL116"] multiplies likewise, and comes first: AAL3_equal_limbic
     baselines   names of `bundle.experiments.baselines.BASELINES`, or {"baseline": ..., "atlas": [...]}, named likewise
     seeds       of the networks
     configs     overlays for every stage, such as "demo"
@@ -36,7 +35,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from bundle.anatomy.atlas import AAL3, ALL, load_atlas, located
+from bundle.anatomy.atlas import AAL3, load_atlas, located
 from bundle.data.splits import make_splits, save_splits
 from bundle.errors import InputError
 from bundle.experiments.baselines import BASELINES, OF_LABELS, mean_motion
@@ -102,7 +101,7 @@ def read_sweep(path: str | Path, **changes: Any) -> Sweep:
 
 def strategies(sweep: Sweep) -> list[Strategy]:
     """All strategies of a sweep, those over several regions multiplied."""
-    return [strategy for entry in sweep.strategies for strategy in _expand(entry, sweep)]
+    return [strategy for entry in sweep.strategies for strategy in _expand(entry)]
 
 
 def baselines(sweep: Sweep) -> list[Strategy]:
@@ -122,7 +121,7 @@ def _rivals(entry: Any) -> list[Strategy]:
     return [Strategy(f"{_stem(atlas)}_{name}", atlas=atlas, baseline=name) for atlas in _listed(entry["atlas"])]
 
 
-def _expand(entry: Any, sweep: Sweep) -> list[Strategy]:
+def _expand(entry: Any) -> list[Strategy]:
     """The strategies that one entry stands for; see the module."""
     if isinstance(entry, str):
         found = [Strategy(entry, None if entry == RANDOM_WEIGHTS else entry)]
@@ -130,12 +129,7 @@ def _expand(entry: Any, sweep: Sweep) -> list[Strategy]:
         rest = {key: value for key, value in entry.items() if key not in ("atlas", "regions")}
         found = []
         for atlas in _listed(entry.get("atlas")):
-            over = [rest]
-            if "regions" in entry:
-                choices = entry["regions"]
-                if choices == ALL:
-                    choices = list(load_atlas(atlas or sweep.overrides.get("atlas", AAL3)).groups)
-                over = [_over_regions(rest, regions) for regions in _listed(choices)]
+            over = [_over_regions(rest, one) for one in _listed(entry["regions"])] if "regions" in entry else [rest]
             found += [_made(_of_atlas(one, atlas)) for one in over]
     else:
         found = [_made(entry)]
@@ -154,7 +148,7 @@ def _of_atlas(entry: Mapping[str, Any], atlas: str | None) -> dict[str, Any]:
     """An entry with its atlas, after which it is called."""
     if atlas is None:
         return dict(entry)
-    name = entry.get("name", Path(entry.get("mask", REGION)).stem)
+    name = entry.get("name", Path(entry.get("mask") or RANDOM_WEIGHTS).stem)
     return {**entry, "name": f"{_stem(atlas)}_{name}", "atlas": atlas}
 
 

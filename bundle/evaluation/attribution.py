@@ -1,4 +1,4 @@
-"""Which regions a classifier uses: Captum's ablation and integrated gradients, per AAL3 label and region.
+"""Which regions a classifier uses: Captum's ablation and integrated gradients, per label and region of an atlas.
 
 Both compare a clip with a baseline, the same clip without what is asked about. "temporal_mean": every voxel at its own
 mean, so that a region is taken out by removing its signal over time, while its anatomy stays. "cohort_mean": every

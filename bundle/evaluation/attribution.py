@@ -1,4 +1,4 @@
-"""Which regions a classifier uses: Captum's ablation and integrated gradients, per AAL3 label and region.
+"""Which regions a classifier uses: Captum's ablation and integrated gradients, per label and region of an atlas.
 
 Both compare a clip with a baseline, the same clip without what is asked about. "temporal_mean": every voxel at its own
 mean, so that a region is taken out by removing its signal over time, while its anatomy stays. "cohort_mean": every
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bundle.anatomy.atlas import load_atlas
+from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.anatomy.parcels import parcel_index, parcels_of
 from bundle.data.clips import clips_of
 from bundle.errors import InputError
@@ -202,7 +202,7 @@ def attribute(
     levels: Sequence[str] = LEVELS,
     steps: int = 16,
     baseline: str = "temporal_mean",
-    atlas: str | Path | None = None,
+    atlas: str | Path = AAL3,
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -222,7 +222,7 @@ def attribute(
         levels: ablate each "group" (9 passes per clip) and each "label" (167 passes).
         steps: of the integrated gradients; each is a forward and a backward pass.
         baseline: what a region is compared with, "temporal_mean" or "cohort_mean"; see the module.
-        atlas: label image; None: AAL3v1, 1 mm.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
         resamples: bootstrap resamples.
         seed: of the bootstrap.
 

@@ -31,7 +31,7 @@ def mask_overlay(store: str | Path, run_id: str, png: str | Path, regions: Regio
         regions: as for `bundle.anatomy.atlas.region_labels`.
         atlas: where the regions come from.
     """
-    chosen = region_labels(regions, atlas.names)
+    chosen = region_labels(regions, atlas)
     mask = np.isin(labels_on(atlas, grid.AFFINE, grid.SHAPE), chosen)
     display = plotting.plot_roi(
         nib.Nifti1Image(mask.astype(np.uint8), grid.AFFINE),

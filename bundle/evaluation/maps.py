@@ -1,4 +1,4 @@
-"""Values per AAL3 label or region: sums over voxels, intervals over subjects, tables, maps and pictures."""
+"""Values per label or region of an atlas: sums over voxels, intervals over subjects, tables, maps and pictures."""
 
 from pathlib import Path
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bundle.anatomy.atlas import Atlas, load_atlas
+from bundle.anatomy.atlas import AAL3, Atlas, load_atlas
 from bundle.anatomy.parcels import parcel_index, parcels_of
 from bundle.evaluation.intervals import value_and_interval
 from bundle.evaluation.maps import draw
@@ -132,7 +132,7 @@ def evaluate_reconstruction(
     transforms: Sequence[Callable],
     output_dir: str | Path,
     hide_by: str = "group",
-    atlas: str | Path | None = None,
+    atlas: str | Path = AAL3,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -148,7 +148,7 @@ def evaluate_reconstruction(
         transforms: to `image` `(channels, X, Y, Z, T)`, `brain` and `mask`, that of the strategy, on the device.
         output_dir: folder of the files.
         hide_by: hide a whole "group" at a time (8 passes per clip), or a "label" (166 passes).
-        atlas: label image; None: AAL3v1, 1 mm.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
         resamples: bootstrap resamples.
         seed: of the bootstrap.
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bundle.anatomy.atlas import load_atlas
+from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.anatomy.parcels import parcel_index, parcels_of
 from bundle.errors import InputError
 
@@ -36,14 +36,14 @@ class RidgeFromMeans(nn.Module):
     Args:
         clips: dataset of the training clips, as `ReadClipd` gives them.
         transforms: to `image` (channels, X, Y, Z, T), of which the last channel is used.
-        atlas: label image; None: AAL3v1, 1 mm.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
 
     Raises:
         InputError: there are too few clips to hold some out.
     """
 
     def __init__(
-        self, clips: Sequence[dict[str, Any]], transforms: Sequence[Callable], atlas: str | Path | None = None
+        self, clips: Sequence[dict[str, Any]], transforms: Sequence[Callable], atlas: str | Path = AAL3
     ) -> None:
         super().__init__()
         if len(clips) < HELD_OUT:

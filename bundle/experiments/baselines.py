@@ -25,7 +25,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 
 from bundle.anatomy import grid
-from bundle.anatomy.atlas import Atlas, labels_on, load_atlas
+from bundle.anatomy.atlas import AAL3, Atlas, labels_on, load_atlas
 from bundle.data.splits import SETS, load_splits
 from bundle.data.targets import read_target
 from bundle.errors import InputError
@@ -43,7 +43,7 @@ FEWEST_VOXELS = 5
 
 
 def region_series(store: str | Path, run: dict, atlas: Atlas) -> pd.DataFrame:
-    """Mean signal of each AAL3 label of a stored run, over the label's voxels in the brain.
+    """Mean signal of each label of a stored run, over the label's voxels in the brain.
 
     Nilearn's masker averages. It is given the brain's voxels in a row, (V, 1, 1, T), since an average does not depend
     on where voxels lie; the background, of which a store keeps nothing, so never enters.
@@ -56,11 +56,18 @@ def region_series(store: str | Path, run: dict, atlas: Atlas) -> pd.DataFrame:
     Returns:
         (T, labels), detrended and scaled to SD 1, columns named by label; labels with fewer than 5 voxels in the brain
         are left out.
+
+    Raises:
+        InputError: no label has that many.
     """
     voxels = read_voxels(store, run["run_id"])
     labels = labels_on(atlas, grid.AFFINE, grid.SHAPE).ravel()[voxels]
     numbers, counts = np.unique(labels[labels > 0], return_counts=True)
     numbers = numbers[counts >= FEWEST_VOXELS]
+    if not len(numbers):
+        raise InputError(
+            f"{store}: no label of {atlas.source} has {FEWEST_VOXELS} voxels in the brain of {run['run_id']}"
+        )
     kept = np.where(np.isin(labels, numbers), labels, 0).astype(np.int32)
     frames = read_values(store, run["run_id"], 0, run["frames"]).T  # (T, V) -> (V, T)
     masker = NiftiLabelsMasker(
@@ -74,18 +81,21 @@ def region_series(store: str | Path, run: dict, atlas: Atlas) -> pd.DataFrame:
 def participant_series(store: str | Path, runs: Sequence[dict], cache: Path, atlas: Atlas) -> dict[str, pd.DataFrame]:
     """Region series of each participant, runs one after another: T rows, a column per label that all participants have.
 
-    The series of each run are kept in `cache` and read from there while the run is the same.
+    The series of each run are kept in `cache` and read from there while the run and the atlas are the same.
     """
     tables: dict[str, list[pd.DataFrame]] = {}
     for run in runs:
-        path = cache / f"{run['run_id']}-{run['source_sha256'][:12]}-{run['parameters_hash'][:12]}.csv"
+        made_of = (run["source_sha256"], run["parameters_hash"], atlas.sha256)
+        path = cache / f"{'-'.join([run['run_id'], *(sha256[:12] for sha256 in made_of)])}.csv"
         if not path.is_file():
             write_text(path, region_series(store, run, atlas).to_csv(index=False, float_format="%.6g"))
         tables.setdefault(run["participant_id"], []).append(pd.read_csv(path))
     everywhere = set.intersection(*(set(table.columns) for parts in tables.values() for table in parts))
     names = [name for name in atlas.names.values() if name in everywhere]
     if len(names) < 2:
-        raise InputError(f"{store}: fewer than two AAL3 labels are inside every brain, so there is no connectivity")
+        raise InputError(
+            f"{store}: fewer than two labels of {atlas.source} are inside every brain, so there is no connectivity"
+        )
     logger.info("Connectivity of %d of %d labels, those that every participant has", len(names), len(atlas.names))
     return {name: pd.concat(parts)[names] for name, parts in tables.items()}
 
@@ -219,6 +229,8 @@ BASELINES: dict[str, Baseline] = {
     ),
     "connectivity_ridge": Baseline(_connectivity(lambda task, seed: task.linear(seed)), classes=False),
 }
+OF_LABELS = ("connectivity_logistic", "connectivity_svm", "connectivity_ridge")
+"""Those that take an atlas."""
 
 
 def run_baseline(
@@ -230,6 +242,7 @@ def run_baseline(
     resamples: int = 2000,
     seed: int = 0,
     target: Mapping[str, Any] | None = None,
+    atlas: str = AAL3,
 ) -> dict[str, dict[str, float]]:
     """Fit a baseline on the training set, fix its threshold on the validation set, and test it once.
 
@@ -242,6 +255,7 @@ def run_baseline(
         resamples: bootstrap resamples.
         seed: of the inner folds and of the bootstrap.
         target: `column`, `task` and `classes`, as for `bundle.data.targets.read_target`; the diagnosis if None.
+        atlas: whose labels connectivity is of; see `bundle.anatomy.atlas.load_atlas`.
 
     Returns:
         The table of `bundle.evaluation.subjects.score_table`.
@@ -254,7 +268,7 @@ def run_baseline(
     if not BASELINES[name].suits(task.kind):
         raise InputError(f"the baseline {name} does not suit a {task.kind} target; {suitable(task.kind)}")
     runs = [run for run in read_manifest(store)["runs"] if run["participant_id"] in wanted.labels]
-    features, model = BASELINES[name].make(Given(store, runs, Path(cache), task, load_atlas(), seed))
+    features, model = BASELINES[name].make(Given(store, runs, Path(cache), task, load_atlas(atlas), seed))
     sites = {run["participant_id"]: str(run["site"]) for run in runs}
     sets = {
         subset: [participant for participant in members if participant in wanted.labels]

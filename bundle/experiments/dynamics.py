@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.data.splits import make_splits, save_splits
 from bundle.errors import InputError
 from bundle.experiments.auroc import PAINTED, differences, summarise
@@ -59,6 +60,7 @@ class Plan:
             `SHIFTED`; none if empty.
         pretraining: of its cohort `subjects` and `seed`, and `overrides` of pretrain.json for all encoders.
         painted: arguments of `paint`, without its folder and seed.
+        atlas: of masks, connectivity, covariance readouts and shifted regions. Synthetic cohorts are made with AAL3.
     """
 
     results: str
@@ -74,6 +76,7 @@ class Plan:
     shift: Sequence[str] = ()
     pretraining: Mapping[str, Any] | None = None
     painted: Mapping[str, Any] | None = None
+    atlas: str = AAL3
 
 
 def read_plan(path: str | Path, **changes: Any) -> Plan:
@@ -122,7 +125,7 @@ def _pretrain(plan: Plan) -> None:
     store = prepared_cohort(folder, subjects, "nothing", 0.0, seed, plan.duration_s)
     if not (folder / "splits.json").is_file():
         save_splits(make_splits(read_manifest(store)["runs"]), folder / "splits.json")
-    data = {"dataset_dir": store, "splits_file": folder / "splits.json"}
+    data = {"dataset_dir": store, "splits_file": folder / "splits.json", "atlas": plan.atlas}
     for name, settings in wanted.items():
         overrides = data | {"output_dir": _checkpoint(plan, name).parent} | plan.pretraining["overrides"]
         overlays = Strategy(name, settings["mask"]).overlays
@@ -147,6 +150,7 @@ def _cell(plan: Plan, cohort: str, seed: int, encoder: str) -> Path:
         settings = {"checkpoint": file_sha256(_checkpoint(plan, encoder))}
     shaping = [settings, plan.subjects, plan.effect, plan.duration_s, plan.folds, list(plan.sizes), list(plan.shift)]
     shaping += [plan.painted if cohort == PAINTED else None, {} if encoder == NO_ENCODER else dict(plan.readouts)]
+    shaping += [] if plan.atlas == AAL3 else [load_atlas(plan.atlas).sha256]
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
     return Path(plan.results) / "cells" / f"{cohort}_seed-{seed}" / f"{slug(encoder)}-{digest}.csv"
 
@@ -159,7 +163,7 @@ def _run_cohort(plan: Plan, which: tuple[str, int]) -> None:
     torch.set_num_threads(1)
     folder = Path(plan.results) / "cohorts" / f"{cohort}_seed-{seed}"
     store = _store(plan, folder, cohort, seed)
-    design = Design(plan.readouts, plan.folds, plan.sizes, plan.shift if cohort in SHIFTED else (), seed)
+    design = Design(plan.readouts, plan.folds, plan.sizes, plan.shift if cohort in SHIFTED else (), seed, plan.atlas)
     for name in missing:
         if name == NO_ENCODER:
             made = connectivity_rows(design, store)

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from bundle.anatomy import grid
-from bundle.anatomy.atlas import labels_on, load_atlas, region_labels
+from bundle.anatomy.atlas import AAL3, labels_on, load_atlas, region_labels
 from bundle.anatomy.parcels import parcel_index, parcels_of
 from bundle.data.clips import clips, shuffled_within
 from bundle.data.normalisation import Normalisation
@@ -53,6 +53,7 @@ class Design:
         sizes: numbers of training subjects, beside all of them.
         shift: regions whose voxels are moved in time by half a run in the test subjects, as a control; none if empty.
         seed: of folds, subsets, shuffles and random weights.
+        atlas: of connectivity, covariance readouts and shifted regions.
     """
 
     readouts: Mapping[str, Mapping[str, Any]]
@@ -60,6 +61,7 @@ class Design:
     sizes: Sequence[int]
     shift: Sequence[str]
     seed: int
+    atlas: str = AAL3
 
 
 Readout = Callable[[list, NDArray[np.int64], list], NDArray[np.float64]]
@@ -117,7 +119,7 @@ def records_of(folder: Path) -> list[dict]:
 def connectivity_rows(design: Design, folder: Path) -> Iterator[dict[str, Any]]:
     """Plain connectivity, see `CONNECTIVITY`."""
     runs = records_of(folder)
-    atlas = load_atlas()
+    atlas = load_atlas(design.atlas)
     tables = participant_series(folder, runs, folder.parent / "series", atlas)
     parcels = parcels_of(atlas, "group")
     of_labels = [tables[run["participant_id"]].to_numpy() for run in runs]
@@ -164,17 +166,22 @@ def encoder_rows(design: Design, folder: Path, settings: Mapping[str, Any]) -> I
     runs = records_of(folder)
     encoder, normalisation = load_frozen(settings, design.seed)
     heads = {
-        name: CovarianceReadout(**{k: v for k, v in arguments.items() if k != "kind"}, **encoder.size)
+        name: CovarianceReadout(
+            **{"atlas": design.atlas} | {k: v for k, v in arguments.items() if k != "kind"}, **encoder.size
+        )
         for name, arguments in design.readouts.items()
         if arguments["kind"] == "covariance"
     }
     for head in heads.values():
         head.encoder = encoder
-    moved = region_labels(design.shift, load_atlas().names) if design.shift else ()
-    kinds = {False: (), True: moved} if design.shift else {False: ()}
+    none = np.zeros(np.prod(grid.SHAPE), bool)
+    kinds = {False: none}
+    if design.shift:
+        atlas = load_atlas(design.atlas)
+        kinds[True] = np.isin(labels_on(atlas, grid.AFFINE, grid.SHAPE), region_labels(design.shift, atlas)).ravel()
     features = {
-        shifted: [_features(folder, run, encoder, normalisation, heads, numbers) for run in runs]
-        for shifted, numbers in kinds.items()
+        shifted: [_features(folder, run, encoder, normalisation, heads, moved) for run in runs]
+        for shifted, moved in kinds.items()
     }
     for name, arguments in design.readouts.items():
         key = name if name in heads else "tokens"
@@ -213,7 +220,7 @@ def _features(
     encoder: SwinMambaEncoder,
     normalisation: Normalisation,
     heads: Mapping[str, CovarianceReadout],
-    moved: Sequence[int],
+    moved: NDArray[np.bool_],
 ) -> dict[str, Tensor]:
     """Of a whole run: the last stage's tokens (C, tokens, c), and each covariance readout's features (C, T, L, c).
 
@@ -223,13 +230,12 @@ def _features(
         encoder: the frozen encoder.
         normalisation: the units that it sees.
         heads: covariance readouts by name.
-        moved: labels whose voxels are moved in time by half a run.
+        moved: which voxels, of the flat grid, are moved in time by half a run.
     """
     name, voxels = run["run_id"], store.read_voxels(folder, run["run_id"])
     frames = store.read_clip(folder, name, 0, run["frames"])
-    if moved:
-        columns = np.isin(labels_on(load_atlas(), grid.AFFINE, grid.SHAPE).ravel()[voxels], moved)
-        frames[:, columns] = np.roll(frames[:, columns], len(frames) // 2, axis=0)
+    columns = moved[voxels]
+    frames[:, columns] = np.roll(frames[:, columns], len(frames) // 2, axis=0)
     whole = {"bold": frames, "voxels": voxels, "moments": store.read_moments(folder, name), "record": run}
     to_image = Compose([TakeClipd(frames=encoder.frames), ScatterClipd(normalisation), TimeLastd()])
     found: dict[str, list[Tensor]] = {key: [] for key in ("tokens", *heads)}

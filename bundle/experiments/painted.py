@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from bundle.anatomy.atlas import label_table, load_atlas
+from bundle.anatomy.atlas import load_atlas
 from bundle.errors import InputError
 from bundle.experiments.volumes import (
     DRIFT,
@@ -45,7 +45,6 @@ def paint(
     folder: str | Path,
     participants: str | Path,
     atlas: str | Path,
-    table: str | Path,
     column: str,
     case: str | None = None,
     threshold: float | None = None,
@@ -61,11 +60,10 @@ def paint(
     and `painted.json`, which says what this is and what it was made from.
 
     Args:
-        series: .npz with `subjects` (n,) and `series` (n, frames, labels), a column per row of `table`.
+        series: .npz with `subjects` (n,) and `series` (n, frames, labels), a column per label of the atlas, ascending.
         folder: where to write; absent, empty, or the same images written before, which are then left as they are.
         participants: .tsv or .csv with the column participant_id and those that are named here.
-        atlas: label image in MNI space.
-        table: its labels in ascending order, see `label_table`.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
         column: column of `participants` that makes someone a case (written as diagnosis "adhd") or a control.
         case: values of the column that make a case, with commas between; all other values make a control.
         threshold: instead of `case`: who has at least this number is a case.
@@ -85,18 +83,18 @@ def paint(
     if not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed must be a whole number of at least 0, not {seed!r}.")
     site = Site("painted", float(tr), float(voxel_mm), axcodes="RAS", intensity=1000.0, dtype="int16")
-    loaded, names = load_atlas(atlas, table), label_table(Path(table))
-    numbers = np.array(list(names))
+    loaded = load_atlas(atlas)
+    numbers = np.array(list(loaded.names))
     if np.any(np.diff(numbers) <= 0):
-        raise InputError(f"the labels of {table} are not in ascending order, as the columns of {series} must be")
-    if absent := [number for number in names if number not in loaded.names]:
-        raise InputError(f"{table} has labels that are not in the image {atlas}, such as {absent[:5]}")
+        raise InputError(
+            f"the labels of {atlas} are not in ascending order in its table, as the columns of {series} must be"
+        )
     subjects, courses = read_series(Path(series), len(numbers), frames)
     plan = plan_painted(subjects, Path(participants), column, case, threshold, where)
-    files = {"series": series, "participants": participants, "atlas": atlas, "table": table}
+    files = {"series": series, "participants": participants}
     parameters = {
-        "format": 1,
-        "sha256": {name: file_sha256(path) for name, path in files.items()},
+        "format": 2,
+        "sha256": {name: file_sha256(path) for name, path in files.items()} | {"atlas": loaded.sha256},
         **{"column": column, "case": case, "threshold": threshold, "where": where},
         **{"tr": site.tr, "voxel_mm": site.voxel_mm, "frames": courses.shape[1], "seed": seed},
     }
@@ -109,7 +107,7 @@ def paint(
         logger.warning("at %g mm %d labels have no voxel in the brain: %s", site.voxel_mm, len(lost), lost)
     with written_cohort(folder) as draft:
         write_description(draft, WHAT.capitalize(), "bundle.experiments.painted.paint")
-        write_json(draft / "painted.json", describe(plan, parameters, files, lost))
+        write_json(draft / "painted.json", describe(plan, parameters, files | {"atlas": loaded.source}, lost))
         plan.drop(columns="row").to_csv(draft / "participants.tsv", sep="\t", index=False, na_rep="n/a")
         for name, row in tqdm(plan[["participant_id", "row"]].to_numpy(), desc="painted", unit="subject"):
             change = SIGNAL * of_voxels(courses[row], numbers, anatomy.labels)
@@ -153,9 +151,7 @@ def read_series(path: Path, labels: int, frames: int | None) -> tuple[list[str],
             "(subjects, frames, labels) are needed"
         )
     if series.shape[2] != labels:
-        raise InputError(
-            f"{path} has {series.shape[2]} columns, but the label table has {labels} rows; they must agree"
-        )
+        raise InputError(f"{path} has {series.shape[2]} columns, but the atlas has {labels} labels; they must agree")
     if wrong := [name for name in names if not re.fullmatch(r"sub-[A-Za-z0-9]+", name) or names.count(name) > 1]:
         raise InputError(f"{path} has the subject {wrong[0]!r}; give each a name of its own, of letters and digits")
     length = series.shape[1] if frames is None else frames

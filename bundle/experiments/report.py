@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from bundle.anatomy.atlas import Atlas, load_atlas
+from bundle.anatomy.atlas import load_atlas
 from bundle.evaluation import attribution, reconstruction
 from bundle.evaluation.maps import draw
 from bundle.experiments.statistics import REFERENCE, Outcomes, compare, finished_trials, read_outcomes
@@ -53,8 +53,7 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
     trials = finished_trials(results)
     tested = read_outcomes(results)
     plan, data = (json.loads((results / name).read_text()) for name in ("sweep.json", "data.json"))
-    atlas = plan["overrides"].get("atlas")
-    atlas = load_atlas(atlas and Path(plan["directory"], atlas))
+    atlases = {record["strategy"]: record["settings"]["atlas"] for _, record in trials}
     pictures = results / "report"
     pictures.mkdir(exist_ok=True)
     label = {True: "SYNTHETIC data", False: "", None: "data of unknown origin"}[data["synthetic"]]
@@ -62,7 +61,7 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
     table = compare(tested, reference, resamples, seed)
     table = table.merge(_own_reconstruction(trials), on="strategy", how="left")
     table.insert(1, "kind", table["strategy"].map({record["strategy"]: record["kind"] for _, record in trials}))
-    regions = region_reconstruction(trials, atlas, resamples, seed)
+    regions = region_reconstruction(trials, atlases, resamples, seed)
     write_text(results / "table.csv", table.to_csv(index=False))
     write_text(results / "regions.csv", regions.to_csv(index=False))
     task = next(iter(tested.values())).task
@@ -73,7 +72,7 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
     curves = {stage: figure for stage in ("pretrain", "train") if (figure := curves_plot(trials, stage, label))}
     for stage, figure in curves.items():
         _save(figure, pictures / f"curves_{stage}.png")
-    attributed = attribution_figures(trials, atlas, pictures, resamples, seed, label)
+    attributed = attribution_figures(trials, atlases, pictures, resamples, seed, label)
 
     names = dict.fromkeys(Path(record["settings"]["splits_file"]).name for _, record in trials)
     splits = [results / "splits" / name for name in names]  # an earlier plan's are there too
@@ -124,12 +123,17 @@ def _own_reconstruction(trials: Trials) -> pd.DataFrame:
     return scores.groupby("strategy").mean().reset_index()
 
 
-def region_reconstruction(trials: Trials, atlas: Atlas, resamples: int, seed: int) -> pd.DataFrame:
-    """MSE and temporal R² of each strategy, region by region, over the subjects of all its trials."""
+def region_reconstruction(trials: Trials, atlases: Mapping[str, str], resamples: int, seed: int) -> pd.DataFrame:
+    """MSE and temporal R² of each strategy, region by region of its atlas, over the subjects of all its trials."""
     tables = _per_strategy(trials, Path("pretrain", "reconstruction", "reconstruction_subjects.csv"))
     bar = tqdm(tables.items(), desc="reconstruction by region", unit="strategy", disable=not tables)
-    parts = [reconstruction.summarise(table, atlas, resamples, seed).assign(strategy=name) for name, table in bar]
-    columns = ["strategy", "level", "name", "measure", "value", "low", "high"]
+    parts = [
+        reconstruction.summarise(table, load_atlas(atlases[name]), resamples, seed).assign(
+            strategy=name, atlas=atlases[name]
+        )
+        for name, table in bar
+    ]
+    columns = ["strategy", "atlas", "level", "name", "measure", "value", "low", "high"]
     return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
 
 
@@ -143,8 +147,14 @@ def _per_strategy(trials: Trials, file: Path) -> dict[str, pd.DataFrame]:
     return {strategy: pd.concat(parts) for strategy, parts in tables.items()}
 
 
-def _wide(regions: pd.DataFrame) -> dict[str, Any]:
-    """Temporal R² and MSE of the whole and of the groups: one row per strategy, one column per region."""
+def _wide(regions: pd.DataFrame) -> list[dict[str, Any]]:
+    """Temporal R² and MSE of the whole and of the groups: one row per strategy, one column per region; by atlas."""
+    return [
+        _of_one_atlas(part) | {"atlas": Path(str(atlas)).name} for atlas, part in regions.groupby("atlas", sort=False)
+    ]
+
+
+def _of_one_atlas(regions: pd.DataFrame) -> dict[str, Any]:
     shown = regions[regions["level"] != "label"]
     names = list(dict.fromkeys(shown["name"]))
     trials = {(row.strategy, row.measure, row.name): row._asdict() for row in shown.itertuples(index=False)}
@@ -154,7 +164,6 @@ def _wide(regions: pd.DataFrame) -> dict[str, Any]:
         "measures": {
             measure: {s: [trials[s, measure, name] for name in names] for s in strategies}
             for measure in ("temporal_r2", "mse")
-            if len(shown)
         },
     }
 
@@ -252,7 +261,7 @@ def curves_plot(trials: Trials, stage: str, label: str) -> Figure | None:
 
 
 def attribution_figures(
-    trials: Trials, atlas: Atlas, pictures: Path, resamples: int, seed: int, label: str
+    trials: Trials, atlases: Mapping[str, str], pictures: Path, resamples: int, seed: int, label: str
 ) -> list[dict[str, Any]]:
     """Pictures of each strategy's attribution over the subjects of all its trials, see `attribution.within_folds`.
 
@@ -270,7 +279,7 @@ def attribution_figures(
         for method, part in summary[summary["measure"] == "separation_per_1000_voxels"].groupby("method"):
             title = f"{str(method).replace('_', ' ')}, separation per 1000 voxels {label and '– ' + label}"
             stem = pictures / f"attribution_{slug(strategy)}_{method}"
-            draw(part, atlas, stem, title)
+            draw(part, load_atlas(atlases[strategy]), stem, title)
             names = [f"{stem.name}_bars.png", f"{stem.name}_brain.png"]
             shown = [name for name in names if (pictures / name).is_file()]
             found.append({"strategy": strategy, "method": str(method).replace("_", " "), "pictures": shown})

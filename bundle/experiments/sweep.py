@@ -9,12 +9,12 @@ A sweep is a small JSON file:
                 with overrides for the two stages, and "readout", a name of configs/readouts, if it is not the mean;
                 {"mask": "equal", "regions": ["limbic", ["frontal", "cerebellum"]]} stands for one strategy per item,
                 named equal_limbic and equal_frontal_cerebellum (of the mask "region", which is pretrain.json's own,
-                just limbic)
-    baselines   names of `bundle.experiments.baselines.BASELINES`
+                just limbic); "atlas": ["AAL3", "AAL116"] multiplies likewise, and comes first: AAL3_equal_limbic
+    baselines   names of `bundle.experiments.baselines.BASELINES`, or {"baseline": ..., "atlas": [...]}, named likewise
     seeds       of the networks
     configs     overlays for every stage, such as "demo"
     target      column to predict; "diagnosis" by default, and beside it task and classes, as in train.json
-    overrides   config id to value, for every stage
+    overrides   config id to value, for every stage; its "atlas" is that of the baselines and the report too
     pretrain    the same, for pretraining only
     train       the same, for classification and what follows it
     steps       beyond training and test: any of "reconstruct", "attribute"
@@ -36,10 +36,11 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
+from bundle.anatomy.atlas import AAL3, load_atlas, located
 from bundle.data.splits import make_splits, save_splits
 from bundle.data.targets import strata_of, target_of
 from bundle.errors import InputError
-from bundle.experiments.baselines import BASELINES, mean_motion, suitable
+from bundle.experiments.baselines import BASELINES, OF_LABELS, mean_motion, suitable
 from bundle.experiments.trial import REGION, Strategy, Trial, is_finished, run_trial
 from bundle.files import config_file, slug, write_json, write_text
 from bundle.preparation.store import read_manifest
@@ -59,7 +60,7 @@ class Sweep:
     results: str
     splits: Mapping[str, Any]
     strategies: Sequence[Any] = ()
-    baselines: Sequence[str] = ()
+    baselines: Sequence[Any] = ()
     target: str = "diagnosis"
     task: str | None = None
     classes: Sequence[Any] | None = None
@@ -84,11 +85,18 @@ def read_sweep(path: str | Path, **changes: Any) -> Sweep:
         sweep = Sweep(**content)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not a sweep ({error}); see configs/sweeps/paper.json for an example") from error
-    for kind, named, known in (("baseline", sweep.baselines, BASELINES), ("step", sweep.steps, STEPS)):
+    rows, rivals = strategies(sweep), baselines(sweep)
+    wanted = [rival.baseline for rival in rivals]
+    for kind, named, known in (("baseline", wanted, BASELINES), ("step", sweep.steps, STEPS)):
         for name in named:
             if name not in known:
                 raise InputError(f"{path}: {kind} {name!r} is unknown; choose from {', '.join(known)}")
-    names = [strategy.name for strategy in strategies(sweep)] + list(sweep.baselines)
+    stages = [sweep.pretrain, sweep.train, *(given for row in rows for given in (row.pretrain, row.train))]
+    if any("atlas" in given for given in stages):
+        raise InputError(
+            f"{path}: `atlas` belongs to a strategy or to `overrides`, so that all stages have the same one"
+        )
+    names = [strategy.name for strategy in rows + rivals]
     if len(set(names)) < len(names):
         raise InputError(f"{path}: two strategies have the same name; give each its own")
     if not names:
@@ -101,12 +109,33 @@ def strategies(sweep: Sweep) -> list[Strategy]:
     return [strategy for entry in sweep.strategies for strategy in _expand(entry)]
 
 
+def baselines(sweep: Sweep) -> list[Strategy]:
+    """All baselines of a sweep, those over several atlases multiplied."""
+    return [baseline for entry in sweep.baselines for baseline in _rivals(entry)]
+
+
+def _rivals(entry: Any) -> list[Strategy]:
+    """The baselines that one entry stands for; see the module."""
+    if isinstance(entry, str):
+        return [Strategy(entry, baseline=entry)]
+    if not isinstance(entry, Mapping) or set(entry) != {"baseline", "atlas"} or entry["baseline"] not in OF_LABELS:
+        raise InputError(
+            f"baseline {entry!r} must be a name, or have `atlas` and, as `baseline`, one of {', '.join(OF_LABELS)}"
+        )
+    name = entry["baseline"]
+    return [Strategy(f"{_stem(atlas)}_{name}", atlas=atlas, baseline=name) for atlas in _listed(entry["atlas"])]
+
+
 def _expand(entry: Any) -> list[Strategy]:
     """The strategies that one entry stands for; see the module."""
     if isinstance(entry, str):
         found = [Strategy(entry, None if entry == RANDOM_WEIGHTS else entry)]
-    elif isinstance(entry, Mapping) and "regions" in entry:
-        found = [_over_regions(dict(entry), regions) for regions in entry["regions"]]
+    elif isinstance(entry, Mapping) and ("atlas" in entry or "regions" in entry):
+        rest = {key: value for key, value in entry.items() if key not in ("atlas", "regions")}
+        found = []
+        for atlas in _listed(entry.get("atlas")):
+            over = [_over_regions(rest, one) for one in _listed(entry["regions"])] if "regions" in entry else [rest]
+            found += [_made(_of_atlas(one, atlas)) for one in over]
     else:
         found = [_made(entry)]
     for strategy in found:
@@ -115,12 +144,29 @@ def _expand(entry: Any) -> list[Strategy]:
     return found
 
 
-def _over_regions(entry: dict[str, Any], regions: str | Sequence[str]) -> Strategy:
+def _listed(value: Any) -> list:
+    """The items of a list, or one thing as a list."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _of_atlas(entry: Mapping[str, Any], atlas: str | None) -> dict[str, Any]:
+    """An entry with its atlas, after which it is called."""
+    if atlas is None:
+        return dict(entry)
+    name = entry.get("name", Path(entry.get("mask") or RANDOM_WEIGHTS).stem)
+    return {**entry, "name": f"{_stem(atlas)}_{name}", "atlas": atlas}
+
+
+def _stem(atlas: str) -> str:
+    return Path(atlas).name.split(".")[0]
+
+
+def _over_regions(entry: Mapping[str, Any], regions: str | Sequence[str]) -> dict[str, Any]:
     names = [regions] if isinstance(regions, str) else list(regions)
     mask = entry.get("mask", REGION)
     name = "_".join(names if mask == REGION else [Path(mask).stem, *names])
-    rest = {key: value for key, value in entry.items() if key not in ("regions", "mask", "pretrain")}
-    return _made({"name": name, "mask": mask, "pretrain": {"regions": names} | entry.get("pretrain", {})} | rest)
+    rest = {key: value for key, value in entry.items() if key not in ("mask", "pretrain")}
+    return {"name": name, "mask": mask, "pretrain": {"regions": names} | entry.get("pretrain", {})} | rest
 
 
 def _made(entry: Any) -> Strategy:
@@ -128,7 +174,7 @@ def _made(entry: Any) -> Strategy:
         return Strategy(**entry)
     except TypeError as error:
         raise InputError(
-            f"strategy {entry!r} must be a name, or have name, mask, regions, pretrain, train and readout"
+            f"strategy {entry!r} must be a name, or have name, mask, atlas, regions, pretrain, train and readout"
         ) from error
 
 
@@ -143,11 +189,12 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
     results = Path(sweep.results).absolute()
     target = {"target": sweep.target, "task": sweep.task, "classes": sweep.classes}
     kind = target_of(runs, sweep.target, sweep.task, sweep.classes, sweep.store).kind
-    if unsuited := [name for name in sweep.baselines if not BASELINES[name].suits(kind)]:
+    named = [own.baseline or own.name for own in baselines(sweep)]
+    if unsuited := [name for name in named if not BASELINES[name].suits(kind)]:
         raise InputError(f"the baseline {unsuited[0]} does not suit a {kind} target; {suitable(kind)}")
     folds = _folds(sweep.splits, runs, target)
     _refuse_shared_files("sites", folds)
-    _refuse_shared_files("strategies", [strategy.name for strategy in strategies(sweep)])
+    _refuse_shared_files("strategies", [strategy.name for strategy in strategies(sweep) + baselines(sweep)])
     # with their hash: another plan for the same folder never changes the splits of a trial that waits
     files = {f: results / "splits" / f"fold-{slug(f)}-{splits['sha256'][:8]}.json" for f, splits in folds.items()}
     for fold, splits in folds.items():
@@ -165,24 +212,30 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
         "overrides": dict(sweep.overrides),
         "steps": list(sweep.steps),
     }
-    known = [name for name in sweep.baselines if name != "head_motion" or mean_motion(runs) is not None]
-    if len(known) < len(sweep.baselines):
+    rivals = baselines(sweep)
+    known = [rival for rival in rivals if rival.baseline != "head_motion" or mean_motion(runs) is not None]
+    if len(known) < len(rivals):
         logger.warning("%s: head motion is not known, so there is no baseline head_motion", sweep.store)
-    baselines = [(Strategy(name), 0, True) for name in known]
     rows = [
         replace(own, pretrain={**sweep.pretrain, **own.pretrain}, train={**sweep.train, **own.train})
         for own in strategies(sweep)
     ]
     networks = [(strategy, seed, False) for seed in sweep.seeds for strategy in rows]
     trials = []
-    for (strategy, seed, baseline), (fold, splits) in _in_order(baselines + networks, folds):
+    for (strategy, seed, baseline), (fold, splits) in _in_order(
+        [(rival, 0, True) for rival in known] + networks, folds
+    ):
+        atlas = located(strategy.atlas or sweep.overrides.get("atlas", AAL3))
+        overrides = dict(sweep.overrides) | ({} if strategy.atlas is None else {"atlas": atlas})
         own = {"strategy": asdict(strategy), "seed": seed, "splits": splits["sha256"], "baseline": baseline}
+        own |= {} if baseline and strategy.baseline not in OF_LABELS else {"atlas": load_atlas(atlas).sha256}
         own["mask"] = [config_file(overlay).read_text() for overlay in strategy.overlays + strategy.readouts]
         own |= {} if baseline else networks_only
         pretraining = {name: own[name] for name in ("seed", "splits")} | {
             "configs": [config_file(name).read_text() for name in ("pretrain", *strategy.overlays, *sweep.configs)],
             "reconstruct": config_file("reconstruct").read_text() if "reconstruct" in sweep.steps else None,
-            "overrides": {**sweep.overrides, **strategy.pretrain},
+            "overrides": {**overrides, **strategy.pretrain},
+            "atlas": load_atlas(atlas).sha256,
         }
         name = f"{slug(strategy.name)}__seed-{seed}__fold-{slug(fold)}"
         trials.append(
@@ -199,11 +252,12 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
                 splits_file=str(files[fold]),
                 baseline=baseline,
                 configs=tuple(map(_anywhere, sweep.configs)),
-                overrides=dict(sweep.overrides),
+                overrides=overrides,
                 steps=tuple(sweep.steps),
                 resamples=sweep.bootstrap_resamples,
                 target=target,
                 directory=str(Path.cwd()),
+                atlas=atlas,
                 pretraining="" if strategy.mask is None else _hash(shared | pretraining)[:16],
                 sha256=_hash(shared | own),
             )

@@ -51,6 +51,8 @@ class Strategy:
         pretrain: config id to value, for pretraining.
         train: the same, for classification.
         readout: of the encoder: an overlay of configs/readouts; None: the mean, as in train.json.
+        atlas: of both stages, and of the baseline; None: that of the sweep's overrides, AAL3 if they name none.
+        baseline: one of `bundle.experiments.baselines.BASELINES`, tested instead of a network.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Strategy:
     pretrain: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     readout: str | None = None
+    atlas: str | None = None
+    baseline: str | None = None
 
     @property
     def overlays(self) -> list[str]:
@@ -95,6 +99,7 @@ class Trial:
     resamples: int
     target: Mapping[str, Any]
     directory: str
+    atlas: str
     pretraining: str
     sha256: str
 
@@ -156,12 +161,10 @@ def _write(trial: Trial, record: dict) -> None:
 
 def _baseline_stages(trial: Trial) -> dict[str, Callable[[], Any]]:
     series = Path(trial.folder).parents[1] / "series"
-    name, folder = trial.strategy.name, Path(trial.folder)
+    name, folder = trial.strategy.baseline or trial.strategy.name, Path(trial.folder)
     target = {"column": trial.target["target"], "task": trial.target["task"], "classes": trial.target["classes"]}
-    run = partial(
-        run_baseline, name, trial.store, trial.splits_file, folder, series, trial.resamples, trial.seed, target
-    )
-    return {"test": run}
+    settings = (trial.resamples, trial.seed, target, trial.atlas)
+    return {"test": partial(run_baseline, name, trial.store, trial.splits_file, folder, series, *settings)}
 
 
 def _stages(trial: Trial, lock: int) -> dict[str, Callable[[], Any]]:

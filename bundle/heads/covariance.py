@@ -12,7 +12,7 @@ from scipy.signal import detrend
 from sklearn.covariance import LedoitWolf
 from torch import Tensor, nn
 
-from bundle.anatomy.atlas import load_atlas
+from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.errors import InputError
 from bundle.heads.connectivity import ConnectivityModel
 from bundle.heads.pooling import label_members, pool, token_shares
@@ -40,13 +40,13 @@ class CovarianceReadout(nn.Module):
         freeze: must be True.
         outputs: numbers per run, see `bundle.tasks.task.Task`.
         stage: whose tokens are read, see `SwinMambaEncoder.tokens`.
-        level: parcels: each "label" by itself, or its "group" (the seven regions and the insula).
+        level: parcels: each "label" by itself, or its "group" (of AAL3: the seven regions and the insula).
         components: numbers of principal components of each parcel, of which the one that scores best in folds of the
             training participants is taken.
         subtract: what is taken off before, frame by frame of the clip: "clip_mean", the run's own mean over its clips;
             "training_mean", the mean over all clips of all training runs; or None. (The embedding of time repeats in
             every clip, and would pass for a fluctuation that all parcels share.)
-        atlas: label image; None: AAL3v1, 1 mm.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
         **encoder: the arguments of `SwinMambaEncoder`.
 
     Raises:
@@ -64,7 +64,7 @@ class CovarianceReadout(nn.Module):
         level: str = "group",
         components: Sequence[int] = (1, 2),
         subtract: str | None = "clip_mean",
-        atlas: str | Path | None = None,
+        atlas: str | Path = AAL3,
         **encoder: Any,
     ) -> None:
         super().__init__()
@@ -112,7 +112,10 @@ class CovarianceReadout(nn.Module):
         for name, here in self.settings.items():
             if state["settings"].get(name) != here:
                 was = state["settings"].get(name)
-                raise InputError(f"the covariance readout was fitted with {name} {was!r}, but here it is {here!r}")
+                raise InputError(
+                    f"the covariance readout was fitted with {name} {was!r}, but here it is {here!r}; give the "
+                    "options, such as --atlas, that it was trained with"
+                )
         self.fitted = {name: tensor.cpu() for name, tensor in state["fitted"].items()}
 
     @torch.no_grad()

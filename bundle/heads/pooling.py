@@ -15,11 +15,11 @@ from bundle.errors import InputError
 LEVELS = ("label", "group")
 
 
-def token_shares(atlas: str | Path | None, patch_size: int, image_size: Sequence[int]) -> Tensor:
+def token_shares(atlas: str | Path, patch_size: int, image_size: Sequence[int]) -> Tensor:
     """Share of each label's volume that lies in each token.
 
     Args:
-        atlas: label image; None: AAL3v1, 1 mm.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
         patch_size: edge of a token in voxels; each merging of patches doubles it.
         image_size: voxels along x, y and z; those of the fixed grid, on which the labels lie.
 
@@ -40,13 +40,13 @@ def token_shares(atlas: str | Path | None, patch_size: int, image_size: Sequence
     x, y, z = np.indices(grid.SHAPE) // patch_size
     token = (x * counts[1] + y) * counts[2] + z
     labels = labels_on(load_atlas(atlas), grid.AFFINE, grid.SHAPE)
-    volumes = np.bincount((labels.astype(np.int64) * tokens + token).ravel()).astype(float)
-    volumes = np.pad(volumes, (0, -len(volumes) % tokens)).reshape(-1, tokens)[1:]  # the first row is of no label
-    volumes = volumes[volumes.any(axis=1)]
+    numbers, row = np.unique(labels, return_inverse=True)
+    volumes = np.bincount(row.ravel() * tokens + token.ravel(), minlength=len(numbers) * tokens).astype(float)
+    volumes = volumes.reshape(-1, tokens)[numbers > 0]
     return torch.from_numpy(volumes / volumes.sum(axis=1, keepdims=True)).float()
 
 
-def label_members(atlas: str | Path | None, level: str) -> list[list[int]]:
+def label_members(atlas: str | Path, level: str) -> list[list[int]]:
     """Rows of `token_shares` that make up each parcel of a level, see `parcels_of`; empty parcels are left out.
 
     Raises:

@@ -18,7 +18,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from torch import Tensor
 
-from bundle.anatomy.atlas import REGIONS, labels_on, region_labels
+from bundle.anatomy.atlas import AAL3, ALL, labels_on, region_choices, region_labels
 from bundle.errors import InputError
 from bundle.files import write_json
 from bundle.masking import draws
@@ -35,10 +35,9 @@ class CurriculumMaskd(AAL3ROIMaskd):
 
     Args:
         keys: the image, one key.
-        regions: the regions to choose from, each a name of `bundle.anatomy.atlas.REGIONS` or a label.
+        regions: the regions to choose from, each a name of a group or label of the atlas; "all": its groups.
         floor: least share, 0 to 1, of the equal probability that every region keeps: none is forgotten.
-        atlas: label image; None: AAL3v1, 1 mm.
-        table: its label table; None: AAL3's.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
         mask_key: key of the mask to add.
         seed: see `fixed`.
         fixed: the draw depends only on seed, `run_id` and `start`; for validation.
@@ -50,20 +49,19 @@ class CurriculumMaskd(AAL3ROIMaskd):
     def __init__(
         self,
         keys: KeysCollection,
-        regions: Sequence[str | int] = tuple(REGIONS),
+        regions: str | Sequence[str | int] = ALL,
         floor: float = 0.1,
-        atlas: str | Path | None = None,
-        table: str | Path | None = None,
+        atlas: str | Path = AAL3,
         mask_key: str = "mask",
         seed: int = 0,
         fixed: bool = False,
     ) -> None:
-        super().__init__(keys, list(regions), atlas=atlas, table=table, mask_key=mask_key, seed=seed, fixed=fixed)
+        super().__init__(keys, regions, atlas=atlas, mask_key=mask_key, seed=seed, fixed=fixed)
         if not 0 <= floor <= 1:
             raise InputError(f"floor must be 0 to 1, not {floor}")
-        self.regions = list(regions)
+        self.regions = region_choices(regions, self.atlas)
         self.floor = floor
-        self.choices = [region_labels(region, self.atlas.names) for region in self.regions]
+        self.choices = [region_labels(region, self.atlas) for region in self.regions]
         self.probabilities = np.full(len(self.regions), 1 / len(self.regions))
 
     def follow(self, errors: Mapping[str | int, float]) -> None:

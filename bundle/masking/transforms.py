@@ -1,4 +1,4 @@
-"""MONAI dictionary transforms that add a mask to an item: AAL3 regions, and the baselines to compare with.
+"""MONAI dictionary transforms that add a mask to an item: regions of an atlas, and the baselines to compare with.
 
 Each works on the image `(T, X, Y, Z)` or `(1, X, Y, Z, T)` and adds `mask`, bool, true = hidden, on the
 image's device and with its affine: `(1, X, Y, Z)` where the same voxels are hidden at every frame (a tube),
@@ -24,7 +24,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
 from torch import Tensor
 
-from bundle.anatomy.atlas import Regions, labels_on, load_atlas, region_labels
+from bundle.anatomy.atlas import AAL3, Regions, labels_on, load_atlas, region_choices, region_labels
 from bundle.errors import InputError
 from bundle.masking import draws
 
@@ -90,18 +90,17 @@ class _AddMaskd(Randomizable, MapTransform):
 
 
 class AAL3ROIMaskd(_AddMaskd):
-    """Hide AAL3 regions at every frame; `mask` is `(1, X, Y, Z)`.
+    """Hide regions of AAL3, or of another atlas, at every frame; `mask` is `(1, X, Y, Z)`.
 
     Args:
         keys: the image, one key.
-        regions: names of `bundle.anatomy.atlas.REGIONS` (`"limbic"`), AAL3 label names (`"Hippocampus_L"`) or
-            numbers, or a list of these.
+        regions: names of the atlas's groups (`"limbic"`), `"all"` of them, names (`"Hippocampus_L"`) or numbers of its
+            labels, or a list of these.
         fraction: share of the region's volume, above 0 and at most 1. Whole labels are drawn at random until
             the volume is as near to it as they allow; a region of one label therefore stays whole.
         split_labels: instead, hide that share exactly: the voxels of the region that are nearest to one of
             them, drawn at random.
-        atlas: label image; None: AAL3v1, 1 mm.
-        table: its label table; None: AAL3's.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
         mask_key: key of the mask to add.
         seed: see `fixed`.
         fixed: the draw depends only on seed, `run_id` and `start`; for validation.
@@ -116,8 +115,7 @@ class AAL3ROIMaskd(_AddMaskd):
         regions: Regions,
         fraction: float = 1.0,
         split_labels: bool = False,
-        atlas: str | Path | None = None,
-        table: str | Path | None = None,
+        atlas: str | Path = AAL3,
         mask_key: str = "mask",
         seed: int = 0,
         fixed: bool = False,
@@ -125,8 +123,8 @@ class AAL3ROIMaskd(_AddMaskd):
         super().__init__(keys, mask_key, seed, fixed)
         self.fraction = _share("fraction", fraction)
         self.split_labels = split_labels
-        self.atlas = load_atlas(atlas, table)
-        self.wanted = region_labels(regions, self.atlas.names)
+        self.atlas = load_atlas(atlas)
+        self.wanted = region_labels(regions, self.atlas)
 
     def draw(self, item: dict, image: MetaTensor, rng: np.random.RandomState) -> Tensor:
         """Return the region, or the drawn part of it, in the image's world space."""
@@ -149,8 +147,7 @@ class EqualVolumeMaskd(_AddMaskd):
         keys: the image, one key.
         regions: the regions whose voxels, in this image, are counted; see `AAL3ROIMaskd`.
         brain_key: the brain, `(1, X, Y, Z)` on the image's grid; augment it along with the image.
-        atlas: label image; None: AAL3v1, 1 mm.
-        table: its label table; None: AAL3's.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
         mask_key: key of the mask to add.
         seed: see `fixed`.
         fixed: the draw depends only on seed, `run_id` and `start`; for validation.
@@ -164,16 +161,15 @@ class EqualVolumeMaskd(_AddMaskd):
         keys: KeysCollection,
         regions: Regions,
         brain_key: str = "brain",
-        atlas: str | Path | None = None,
-        table: str | Path | None = None,
+        atlas: str | Path = AAL3,
         mask_key: str = "mask",
         seed: int = 0,
         fixed: bool = False,
     ) -> None:
         super().__init__(keys, mask_key, seed, fixed)
         self.brain_key = brain_key
-        self.atlas = load_atlas(atlas, table)
-        self.wanted = region_labels(regions, self.atlas.names)
+        self.atlas = load_atlas(atlas)
+        self.wanted = region_labels(regions, self.atlas)
 
     def draw(self, item: dict, image: MetaTensor, rng: np.random.RandomState) -> Tensor:
         """Return a blob in the brain, of the region's volume."""
@@ -258,13 +254,13 @@ class RegionAndTubesMaskd(_AddMaskd):
 
     Args:
         keys: the image, one key; its sides must be multiples of `patch`.
-        regions: a list, of which one entry is drawn for each clip; an entry is as for `AAL3ROIMaskd`.
+        regions: a list, of which one entry is drawn for each clip; an entry is as for `AAL3ROIMaskd`. "all": the groups
+            of the atlas.
         share: of the brain's tokens, how many are hidden with region and tubes, above 0 and at most 1. Where the region
             alone has more, there are no tubes.
         patch: voxels along each side of a token.
         brain_key: the brain, `(1, X, Y, Z)` on the image's grid; augment it along with the image.
-        atlas: label image; None: AAL3v1, 1 mm.
-        table: its label table; None: AAL3's.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
         mask_key: key of the mask to add.
         seed: see `fixed`.
         fixed: the draw depends only on seed, `run_id` and `start`; for validation.
@@ -276,12 +272,11 @@ class RegionAndTubesMaskd(_AddMaskd):
     def __init__(
         self,
         keys: KeysCollection,
-        regions: Sequence[Regions],
+        regions: str | Sequence[Regions],
         share: float = 0.75,
         patch: int = draws.PATCH,
         brain_key: str = "brain",
-        atlas: str | Path | None = None,
-        table: str | Path | None = None,
+        atlas: str | Path = AAL3,
         mask_key: str = "mask",
         seed: int = 0,
         fixed: bool = False,
@@ -290,8 +285,8 @@ class RegionAndTubesMaskd(_AddMaskd):
         self.share = _share("share", share)
         self.patch = patch
         self.brain_key = brain_key
-        self.atlas = load_atlas(atlas, table)
-        self.wanted = [region_labels(region, self.atlas.names) for region in regions]
+        self.atlas = load_atlas(atlas)
+        self.wanted = [region_labels(region, self.atlas) for region in region_choices(regions, self.atlas)]
 
     def draw(self, item: dict, image: MetaTensor, rng: np.random.RandomState) -> Tensor:
         """Return the drawn region's voxels and those of the drawn tokens."""

@@ -12,6 +12,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import MapTransform
 
 from bundle.anatomy import grid
+from bundle.anatomy.atlas import AAL3
 from bundle.errors import InputError, unwrapped
 from bundle.files import ROOT, config_file
 from bundle.preparation.transforms import CONSTANT, CleanSignalsd, LoadBOLDd, ResampleTRd, ToGridd, ZScored
@@ -25,11 +26,13 @@ class Preparation:
         steps: dictionary transforms from a run's path to its z-scores, as configs/prepare.json lists them.
         min_coverage: a region of which a run's brain contains less than this share, 0 to 1, has low coverage.
         on_low_coverage: "warn" in the summary and the report, or "exclude" the run (and say so there).
+        atlas: whose groups are the regions; see `bundle.anatomy.atlas.load_atlas`.
     """
 
     steps: Sequence[MapTransform]
     min_coverage: float
     on_low_coverage: str
+    atlas: str = AAL3
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_coverage <= 1:

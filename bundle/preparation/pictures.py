@@ -1,6 +1,7 @@
 """A picture of a run to look at: is the brain where the atlas takes it to be?"""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,18 +12,29 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from nilearn import plotting
 
-from bundle.anatomy import atlas, grid
+from bundle.anatomy import grid
+from bundle.anatomy.atlas import labels_on, load_atlas
 from bundle.anatomy.parcels import dense
 from bundle.files import write_bytes
 from bundle.preparation.store import read_moments, read_voxels
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 
-REGION_COLOURS = {name: to_hex(colormaps["Set1"](number)) for number, name in enumerate(atlas.REGIONS)}
+
+def region_colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour, as in HTML, for each region by its name."""
+    few = len(names) <= colormaps["Set1"].N
+    palette = colormaps["Set1"](range(len(names))) if few else colormaps["turbo"](np.linspace(0, 1, len(names)))
+    return {name: to_hex(colour) for name, colour in zip(names, palette, strict=True)}
 
 
-def stored_picture(store: str | Path, run_id: str) -> bytes:
+def stored_picture(store: str | Path, atlas: str, run_id: str) -> bytes:
     """The picture of a stored run; drawn once and kept in the run's folder, so that it goes when the run is replaced.
+
+    Args:
+        store: the store's folder.
+        atlas: as for `picture`.
+        run_id: the run.
 
     Raises:
         InputError: the store holds no such run.
@@ -31,12 +43,17 @@ def stored_picture(store: str | Path, run_id: str) -> bytes:
     path = Path(store) / "runs" / run_id / "picture.webp"
     if not path.is_file():
         mean, _ = read_moments(store, run_id)
-        write_bytes(path, picture(mean, read_voxels(store, run_id)))
+        write_bytes(path, picture(mean, read_voxels(store, run_id), atlas))
     return path.read_bytes()
 
 
-def picture(values: np.ndarray, voxels: np.ndarray) -> bytes:
-    """Draw in-brain values (V,) with contours of their brain mask (white) and of the seven regions (colours).
+def picture(values: np.ndarray, voxels: np.ndarray, atlas: str) -> bytes:
+    """Draw in-brain values (V,) with contours of their brain mask (white) and of the atlas's groups (colours).
+
+    Args:
+        values: the values.
+        voxels: (V,) flat C-order indices into `grid.SHAPE`.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
 
     Returns:
         A WebP file's bytes, about 15 kB: a page of 1,000 runs holds as many pictures.
@@ -49,10 +66,11 @@ def picture(values: np.ndarray, voxels: np.ndarray) -> bytes:
         draw_cross=False, black_bg=True, dim=0,
     )  # fmt: skip
     display.add_contours(_image(brain), levels=[0.5], colors="white", linewidths=0.7)
-    labels = atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE)
-    for name, members in atlas.REGIONS.items():
-        region = np.isin(labels, members).astype(np.float32)
-        display.add_contours(_image(region), levels=[0.5], colors=[REGION_COLOURS[name]], linewidths=0.8)
+    loaded = load_atlas(atlas)
+    labels = labels_on(loaded, grid.AFFINE, grid.SHAPE)
+    for name, colour in region_colours(list(loaded.groups)).items():
+        region = np.isin(labels, loaded.groups[name]).astype(np.float32)
+        display.add_contours(_image(region), levels=[0.5], colors=[colour], linewidths=0.8)
     file = io.BytesIO()
     figure.savefig(file, dpi=100, facecolor="black", format="webp", pil_kwargs={"quality": 75})
     return file.getvalue()

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bundle.anatomy.atlas import load_atlas, located
 from bundle.errors import InputError
 from bundle.preparation import run_report
 from bundle.preparation.chain import Preparation, load_preparation
@@ -35,17 +37,19 @@ def preflight(
         preparation: parameters; None takes the defaults.
         workers: processes on this machine.
         scheduler: address of a Dask scheduler whose workers are used instead.
-        pictures: draw each run's mean BOLD with contours of its brain mask and of the seven regions.
+        pictures: draw each run's mean BOLD with contours of its brain mask and of the regions.
 
     Returns:
         One row per run, as in the report; "status" is "ready", "excluded" or "failed".
 
     Raises:
-        InputError: there are no runs, or the report cannot be written.
+        InputError: there are no runs, the atlas cannot be used, or the report cannot be written.
     """
     if not runs:
         raise InputError("there are no runs to look at; check the source")
     preparation = preparation or load_preparation()
+    preparation = replace(preparation, atlas=located(preparation.atlas))  # for workers elsewhere
+    load_atlas(preparation.atlas)  # what is wrong with it is said once, not of every run
     with parallel_map(workers, scheduler) as each:
         identities = identify_runs(preparation, runs, {}, each)
         looked = each(partial(_look, preparation, pictures), list(zip(runs, identities, strict=True)), "looking")
@@ -76,4 +80,6 @@ def _look(
         return item
 
     row = attempt(run, preparation, work, "ready")
-    return row, picture(item["bold"].mean(axis=0, dtype=np.float32), item["voxels"]) if item and pictures else None
+    if not (item and pictures):
+        return row, None
+    return row, picture(item["bold"].mean(axis=0, dtype=np.float32), item["voxels"], preparation.atlas)

@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def prepare(
     """Prepare runs into a store; a bad run is listed with its reason and never stops the others.
 
     A run is current, and skipped, when its files' hashes, TR, space and the preparation's parameters are those it was
-    prepared with and its arrays are intact. When only its participant's columns changed, only they are rewritten.
+    prepared with and its arrays are intact. When only its participant's columns or the atlas changed, only its record
+    is rewritten.
     The store gets summary.tsv and report.html, one row per run. Interrupted and started again, or shared out among
     any number of workers, it ends with the same bytes.
 
@@ -65,12 +67,14 @@ def prepare(
         "updated": n, "current": n, "excluded": n, "failed": n}; the caller decides what a failure means.
 
     Raises:
-        InputError: there are no runs, a worker process was killed, or Dask cannot be used.
+        InputError: there are no runs, the atlas cannot be used, a worker process was killed, or Dask cannot be used.
         WriteError: the store cannot be written; nothing half-written is left, and running again goes on.
     """
     if not runs:
         raise InputError("there are no runs to prepare; check the source")
     preparation = preparation or load_preparation()
+    preparation = replace(preparation, atlas=atlas.located(preparation.atlas))  # for workers elsewhere
+    atlas.load_atlas(preparation.atlas)  # what is wrong with it is said once, not of every run
     write = store_at if isinstance(store_at, StoreRund) else StoreRund(store_at)
     folder = write.folder
     store.clean_unfinished(folder)
@@ -88,7 +92,8 @@ def prepare(
         for index, row in zip(todo, each(partial(_attempt, preparation, write), tasks, "preparing"), strict=True):
             rows[index] = row
         ids = [row["run_id"] for row in rows if row["status"] in _STORED] if pictures else []
-        drawn = dict(zip(ids, each(partial(stored_picture, folder), ids, "drawing"), strict=True)) if pictures else None
+        draw = partial(stored_picture, folder, preparation.atlas)
+        drawn = dict(zip(ids, each(draw, ids, "drawing"), strict=True)) if pictures else None
     for row in rows:
         if row["status"] == "excluded":
             store.remove_run(folder, row["run_id"])
@@ -209,19 +214,23 @@ def _is_another(run: Run, identity: Mapping[str, Any], record: Mapping[str, Any]
 def _plan(
     preparation: Preparation, run: Run, identity: Mapping[str, Any], stored: dict | None, folder: str | Path
 ) -> dict[str, Any]:
-    """Decide on one run; rewrites the record where only the participant's columns changed."""
+    """Decide on one run; rewrites the record where only the participant's columns or the atlas changed."""
     if "problem" in identity:
         return row_of(run, preparation, "failed", reason=identity["problem"])
     if stored is None or any(stored.get(key) != value for key, value in identity.items()):
         return row_of(run, preparation, "to do")
     if not store.is_intact(folder, stored):
         return row_of(run, preparation, "to do")
-    if preparation.on_low_coverage == "exclude" and (low := low_coverage(stored, preparation)):
-        return row_of(run, preparation, "excluded", reason=low, record=stored)
-    columns = {key: run[key] for key in PARTICIPANT_COLUMNS}
-    if all(stored[key] == value for key, value in columns.items()):
-        return row_of(run, preparation, "current", record=stored)
+    columns: dict[str, Any] = {key: run[key] for key in PARTICIPANT_COLUMNS}
+    if stored.get("coverage_atlas") != atlas.load_atlas(preparation.atlas).sha256:
+        columns |= _coverage(store.read_voxels(folder, run["run_id"]), preparation)
     record = stored | columns
+    if preparation.on_low_coverage == "exclude" and (low := low_coverage(record, preparation)):
+        return row_of(run, preparation, "excluded", reason=low, record=record)
+    if record == stored:
+        return row_of(run, preparation, "current", record=record)
+    if "coverage" in columns:
+        store.remove_picture(folder, run["run_id"])  # it shows the regions of another atlas
     store.write_record(folder, record)
     return row_of(run, preparation, "updated", record=record)
 
@@ -270,12 +279,17 @@ def prepared_item(run: Run, identity: Mapping[str, Any], preparation: Preparatio
     }
     for step in preparation.steps:
         item = step(item)
-    brain = dense(np.ones(len(item["voxels"]), bool), item["voxels"])
-    labels = atlas.labels_on(atlas.load_atlas(), grid.AFFINE, grid.SHAPE)
-    item["record"] |= {"voxels": len(item["voxels"]), "coverage": atlas.region_coverage(labels, brain)}
+    item["record"] |= {"voxels": len(item["voxels"])} | _coverage(item["voxels"], preparation)
     if preparation.on_low_coverage == "exclude" and (low := low_coverage(item["record"], preparation)):
         raise ExcludedError(low)
     return item
+
+
+def _coverage(voxels: np.ndarray, preparation: Preparation) -> dict[str, Any]:
+    """What a record says of the regions that brain voxels (V,) cover, and of whose regions these are."""
+    loaded = atlas.load_atlas(preparation.atlas)
+    brain = dense(np.ones(len(voxels), bool), voxels)
+    return {"coverage": atlas.region_coverage(loaded, brain), "coverage_atlas": loaded.sha256}
 
 
 def low_coverage(record: Mapping[str, Any], preparation: Preparation) -> str:

@@ -7,20 +7,15 @@ from typing import Any
 
 import pandas as pd
 
-from bundle.anatomy.atlas import REGIONS
 from bundle.files import write_text
 from bundle.pages import embedded, render
-from bundle.preparation.pictures import REGION_COLOURS
+from bundle.preparation.pictures import region_colours
 
 KINDS = ("failed", "excluded", "warned", "good")  # worst first
-MEASURES = {
-    "mni_overlap": ("MNI brain covered", "%"),
-    **{f"coverage_{region}": (f"{region} covered", "%") for region in REGIONS},
-    "frames_in": ("frames acquired", ""),
-    "frames": ("frames prepared", ""),
-    "tr_in": ("TR", "s"),
-    "mean_fd": ("mean framewise displacement", "mm"),
-}
+COVERAGE = "coverage_"
+"""How the columns begin that hold the share of a region, one of the atlas's groups, that a run covers."""
+MOST_REGIONS = 12
+"""How many regions the page shows, those that are covered least; the table has all."""
 _DETAILS = ("voxels", "mean", "sd", "source", "source_sha256")
 
 
@@ -48,15 +43,16 @@ def write(
         WriteError: the folder cannot be written.
     """
     write_text(Path(folder) / tsv, pd.DataFrame(rows).to_csv(sep="\t", index=False))
+    regions = _regions(rows)
     worst = sorted(rows, key=lambda row: KINDS.index(kind_of(row)))
     context = {
         "title": title,
         "tsv": tsv,
         "kinds": {kind: sum(kind_of(row) == kind for row in rows) for kind in KINDS},
-        "cards": [_card(row, (pictures or {}).get(row["run_id"]), low or {}) for row in worst],
+        "cards": [_card(row, regions, (pictures or {}).get(row["run_id"]), low or {}) for row in worst],
         "rugs": rugs(rows, low or {}),
         "pictures": pictures is not None,
-        "colours": REGION_COLOURS,
+        "colours": region_colours(regions),
     }
     write_text(Path(folder) / page, render("runs.html.j2", **context))
 
@@ -66,15 +62,30 @@ def kind_of(row: Mapping[str, Any]) -> str:
     return row["status"] if row["status"] in KINDS else "warned" if row["warnings"] else "good"
 
 
-def _card(row: Mapping[str, Any], picture: bytes | None, low: Mapping[str, float]) -> dict[str, Any]:
-    bars = [_bar(name, row, f"coverage_{name}", low) for name in REGIONS]
+def _regions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The regions of which the rows say how much is covered, in order."""
+    columns = dict.fromkeys(column for row in rows for column in row if column.startswith(COVERAGE))
+    return [column.removeprefix(COVERAGE) for column in columns]
+
+
+def _least_covered(shares: Mapping[str, float | None]) -> list[str]:
+    """The regions that the page shows, in the order of `shares`; those without a share come last."""
+    order = sorted(shares, key=lambda name: (shares[name] is None, shares[name]))[:MOST_REGIONS]
+    return [name for name in shares if name in order]
+
+
+def _card(
+    row: Mapping[str, Any], regions: Sequence[str], picture: bytes | None, low: Mapping[str, float]
+) -> dict[str, Any]:
+    bars = {name: _bar(name, row, f"{COVERAGE}{name}", low) for name in regions}
+    shown = [bars[name] for name in _least_covered({name: bar["share"] for name, bar in bars.items()})]
     return {
         "row": {"participant_id": "–", "site": None, "diagnosis": None, **row},
         "kind": kind_of(row),
         "measured": known(row.get("frames")),
-        "bars": bars,
+        "bars": shown,
         "overlap": _bar("whole brain", row, "mni_overlap", low),
-        "least": min((bar["share"] for bar in bars if bar["share"] is not None), default=None),
+        "least": min((bar["share"] for bar in bars.values() if bar["share"] is not None), default=None),
         "details": {name: row[name] for name in _DETAILS if known(row.get(name))},
         "picture": picture and embedded(picture, "webp"),
     }
@@ -96,6 +107,22 @@ def known(value: Any) -> bool:
     return value is not None and not pd.isna(value)
 
 
+def _measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Columns of numbers that the page shows of all runs: their names, and "%" for shares, or a unit."""
+    shares = {
+        name: min((float(row[column]) for row in rows if known(row.get(column))), default=None)
+        for name, column in ((name, f"{COVERAGE}{name}") for name in _regions(rows))
+    }
+    return {
+        "mni_overlap": ("MNI brain covered", "%"),
+        **{f"{COVERAGE}{name}": (f"{name} covered", "%") for name in _least_covered(shares)},
+        "frames_in": ("frames acquired", ""),
+        "frames": ("frames prepared", ""),
+        "tr_in": ("TR", "s"),
+        "mean_fd": ("mean framewise displacement", "mm"),
+    }
+
+
 def rugs(rows: Sequence[Mapping[str, Any]], low: Mapping[str, float]) -> list[dict[str, Any]]:
     """One line per measure that any run has: its range, and a stroke for each run.
 
@@ -104,7 +131,7 @@ def rugs(rows: Sequence[Mapping[str, Any]], low: Mapping[str, float]) -> list[di
         by kind of run); positions are 0 to 1000 along the axis, which is 0 to 100 % for shares, else least to most.
     """
     lines = []
-    for column, (name, unit) in MEASURES.items():
+    for column, (name, unit) in _measures(rows).items():
         values = [(kind_of(row), float(row[column])) for row in rows if known(row.get(column))]
         if not values:
             continue

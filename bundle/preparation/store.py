@@ -73,6 +73,11 @@ def write_record(store: str | Path, record: dict) -> None:
     write_text(Path(store) / "runs" / record["run_id"] / "run.json", _json(record))
 
 
+def remove_picture(store: str | Path, run_id: str) -> None:
+    """Remove a run's picture, which is drawn anew where one is asked for."""
+    (Path(store) / "runs" / run_id / "picture.webp").unlink(missing_ok=True)
+
+
 def remove_run(store: str | Path, run_id: str) -> None:
     """Take a run out of the store; nothing happens where it holds no such run.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bundle.anatomy.atlas import REGIONS
+from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.anatomy.parcels import region_index
 from bundle.errors import InputError
 
@@ -47,9 +47,9 @@ class RegionWeightedMSELoss(nn.Module):
     """Mean squared error over masked voxels, each weighted by its region.
 
     Args:
-        weights: region to weight, positive; voxels of no named region weigh 1. `"balanced"`: each of the seven
-            regions weighs the same as a whole, however many voxels it has, and so do the voxels outside them.
-        atlas: label image; None: AAL3v1, 1 mm.
+        weights: region to weight, positive; voxels of no named region weigh 1. `"balanced"`: each of the atlas's
+            groups weighs the same as a whole, however many voxels it has, and so do the voxels outside them.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
 
     Raises:
         InputError: a weight that is not positive, or an unknown region.
@@ -57,12 +57,13 @@ class RegionWeightedMSELoss(nn.Module):
 
     voxel_weight: Tensor  # (1, 1, X, Y, Z, 1)
 
-    def __init__(self, weights: Mapping[str, float] | str, atlas: str | Path | None = None) -> None:
+    def __init__(self, weights: Mapping[str, float] | str, atlas: str | Path = AAL3) -> None:
         super().__init__()
         if weights != "balanced" and (isinstance(weights, str) or not all(w > 0 for w in weights.values())):
             raise InputError(f"weights must be 'balanced' or positive numbers by region, not {weights!r}")
-        named = REGIONS if isinstance(weights, str) else weights
-        index = torch.from_numpy(region_index(list(named), atlas))
+        loaded = load_atlas(atlas)
+        named = list(loaded.groups if isinstance(weights, str) else weights)
+        index = torch.from_numpy(region_index(named, loaded))
         if isinstance(weights, str):
             table = 1 / torch.bincount(index.flatten(), minlength=len(named) + 1)
         else:

@@ -8,7 +8,7 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from torch import Tensor
 
-from bundle.anatomy.atlas import REGIONS
+from bundle.anatomy.atlas import AAL3, ALL, load_atlas, region_choices
 from bundle.anatomy.parcels import region_index
 from bundle.data.engine_output import EngineMetric
 from bundle.training.losses import masked_squared_error
@@ -81,7 +81,7 @@ class RegionTemporalR2(EngineMetric):
 
     Args:
         regions: the regions, as in `CurriculumMaskd`.
-        atlas: label image; None: AAL3v1, 1 mm.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
         prefix: of the metrics' names.
     """
 
@@ -89,12 +89,14 @@ class RegionTemporalR2(EngineMetric):
 
     def __init__(
         self,
-        regions: Sequence[str | int] = tuple(REGIONS),
-        atlas: str | Path | None = None,
+        regions: str | Sequence[str | int] = ALL,
+        atlas: str | Path = AAL3,
         prefix: str = "val_temporal_r2_",
     ) -> None:
-        self.names = [f"{prefix}{region}" for region in regions]
-        self.index = torch.from_numpy(region_index(regions, atlas))
+        loaded = load_atlas(atlas)
+        choices = region_choices(regions, loaded)
+        self.names = [f"{prefix}{region}" for region in choices]
+        self.index = torch.from_numpy(region_index(choices, loaded))
         super().__init__()
 
     @reinit__is_reduced
@@ -142,12 +144,13 @@ class RegionMSE(EngineMetric):
 
     Args:
         regions: the regions, as in `CurriculumMaskd`.
-        atlas: label image; None: AAL3v1, 1 mm.
+        atlas: see `bundle.anatomy.atlas.load_atlas`.
     """
 
-    def __init__(self, regions: Sequence[str | int] = tuple(REGIONS), atlas: str | Path | None = None) -> None:
-        self.regions = list(regions)
-        self.index = torch.from_numpy(region_index(self.regions, atlas))
+    def __init__(self, regions: str | Sequence[str | int] = ALL, atlas: str | Path = AAL3) -> None:
+        loaded = load_atlas(atlas)
+        self.regions = region_choices(regions, loaded)
+        self.index = torch.from_numpy(region_index(self.regions, loaded))
         super().__init__()
 
     @reinit__is_reduced

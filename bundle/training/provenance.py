@@ -15,6 +15,7 @@ import ignite.distributed as idist
 from monai.bundle import ConfigParser
 from monai.bundle.reference_resolver import ReferenceResolver
 
+from bundle.anatomy.atlas import is_atlas, load_atlas
 from bundle.data.splits import load_splits
 from bundle.errors import InputError
 from bundle.files import file_sha256
@@ -186,7 +187,8 @@ def resolved_config(parser: ConfigParser) -> dict[str, Any]:
 
     An expression that needs more than plain values, such as one of a network, stays as its text: a change of it is
     seen, and so is a change of whatever it refers to. References to what `CANNOT_SHAPE` names stay too. A path of a
-    file that was there before counts by the file's content.
+    file that was there before counts by the file's content, and an entry `atlas`, wherever it is, by what the atlas is:
+    its labels, their names and groups.
 
     Returns:
         Nested JSON values.
@@ -208,6 +210,8 @@ def _resolved(parser: ConfigParser, name: str, value: Any) -> Any:
     if not _is_plain(parser, name) or "output_dir" in _all_references(parser, value):
         return value
     result = parser.get_parsed_content(name)
+    if isinstance(result, str) and name.split("#")[-1] == "atlas" and is_atlas(result):
+        return f"sha256 {load_atlas(result).sha256}"
     if isinstance(result, str) and Path(result).is_file():
         return f"sha256 {file_sha256(result)}"
     return value if any(_below(other, CANNOT_SHAPE) for other in _references(value)) else result

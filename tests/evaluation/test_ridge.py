@@ -17,7 +17,7 @@ from bundle.errors import InputError
 from bundle.evaluation.ridge import PENALTIES, RidgeFromMeans
 
 FRAMES, CLIPS = 6, 20
-CORNERS = {1: (10, 20, 30), 2: (40, 50, 40), 3: (60, 30, 50)}  # of cubes of 8 voxels each
+CORNERS = {1: (30, 40, 40), 2: (40, 50, 40), 3: (60, 30, 50)}  # of cubes of 8 voxels each
 
 
 def block(number: int) -> tuple[slice, ...]:

@@ -35,12 +35,12 @@ def given(tmp_path: Path) -> dict:
     affine[:3, 3] = 78, -98, -60
     nib.save(nib.Nifti1Image(labels, affine), tmp_path / "atlas.nii.gz")
     names = pd.DataFrame({"column": range(4), "aal_value": NUMBERS, "name": list("abcd")})
-    names.to_csv(tmp_path / "labels.tsv", sep="\t", index=False)
+    names.to_csv(tmp_path / "atlas.tsv", sep="\t", index=False)
     people = pd.DataFrame({"participant_id": [f"sub-{name}" for name in AGES], "Age": list(AGES.values())})
     people = people.assign(Child_Adult=["child"] * 4 + ["adult"] * 2, Gender=list("FMFMFM")).iloc[::-1]
     people.to_csv(tmp_path / "people.tsv", sep="\t", index=False)
     save_series(tmp_path / "series.npz", 5 + 3 * np.random.default_rng(0).standard_normal((6, 30, 4)))
-    files = {"series": "series.npz", "participants": "people.tsv", "atlas": "atlas.nii.gz", "table": "labels.tsv"}
+    files = {"series": "series.npz", "participants": "people.tsv", "atlas": "atlas.nii.gz"}
     paths = {name: tmp_path / file for name, file in files.items()}
     return paths | {"folder": tmp_path / "painted", "column": "Age", "threshold": 7.0, "where": "Child_Adult=child",
                     "voxel_mm": 6.0}  # fmt: skip
@@ -149,7 +149,7 @@ def test_bad_arguments_are_refused(given, change, message):
 @pytest.mark.parametrize(
     ("series", "subjects", "message"),
     [
-        (np.ones((6, 30, 5)), None, "has 5 columns, but the label table has 4 rows"),
+        (np.ones((6, 30, 5)), None, "has 5 columns, but the atlas has 4 labels"),
         (np.ones((6, 30, 4)), None, "does not change, of sub-kid1 in column 0"),
         (np.full((6, 30, 4), np.nan), None, "NaN or infinite, of sub-kid1"),
         (np.ones((5, 30, 4)), None, "of shape .5, 30, 4. for 6 subjects"),
@@ -167,14 +167,15 @@ def test_bad_series_are_refused(given, series, subjects, message):
 
 def test_files_that_are_something_else_are_refused(given):
     np.save(given["series"].with_suffix(".npy"), np.eye(3))
-    for path in (given["series"].with_suffix(".npy"), given["table"], given["folder"]):
+    for path in (given["series"].with_suffix(".npy"), given["participants"], given["folder"]):
         with pytest.raises(InputError, match=r"is not an \.npz file"):
             paint(**given | {"series": path})
-    for row, message in [("4\t9171\te\n", "labels that are not in the image"), ("4\t1\te\n", "ascending")]:
-        table = given["table"].with_name("more.tsv")
-        table.write_text(given["table"].read_text() + row)
-        with pytest.raises(InputError, match=message):
-            paint(**given | {"table": table})
+    other = given["atlas"].with_name("other.nii.gz")
+    other.write_bytes(given["atlas"].read_bytes())
+    header, *rows = given["atlas"].with_name("atlas.tsv").read_text().splitlines()
+    other.with_name("other.tsv").write_text("\n".join([header, *rows[::-1]]))
+    with pytest.raises(InputError, match="ascending"):
+        paint(**given | {"atlas": other})
 
 
 def test_a_participant_without_a_value_is_named(given):
@@ -191,7 +192,7 @@ def test_real_courses_come_back_from_the_volumes(shared, tmp_path):
     np.savez(tmp_path / "two.npz", subjects=subjects, series=series)
     atlas, table = shared / "atlas" / "AAL116_res-02_dseg.nii.gz", shared / "atlas" / "AAL116_dseg.tsv"
     folder = paint(
-        tmp_path / "two.npz", tmp_path / "painted", shared / "devfmri" / "participants.tsv", atlas, table,
+        tmp_path / "two.npz", tmp_path / "painted", shared / "devfmri" / "participants.tsv", atlas,
         "Child_Adult", case="adult", voxel_mm=4.0,
     )  # fmt: skip
     names = pd.read_csv(table, sep="\t")

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,12 +22,14 @@ from small_stores import planted_store
 from tasks import BINARY, subjects_of
 from tqdm import tqdm
 
+from bundle.anatomy import atlas as atlas_module
 from bundle.anatomy.atlas import load_atlas
 from bundle.data.splits import load_splits
 from bundle.data.targets import read_target
 from bundle.errors import InputError
 from bundle.evaluation.subjects import write_test_scores
 from bundle.experiments import trial as module
+from bundle.experiments.baselines import participant_series
 from bundle.experiments.report import write_report
 from bundle.experiments.statistics import read_outcomes
 from bundle.experiments.sweep import Sweep, describe_data, plan_trials, read_sweep, run_sweep
@@ -41,6 +44,12 @@ LIMBIC = {"regions": ["limbic"]}
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return planted_store(tmp_path_factory.mktemp("data"), subjects=36, effect=2.0, frames=60, per_label=1, every=20)
+
+
+@pytest.fixture(scope="module")
+def dense_store(tmp_path_factory):
+    """With enough voxels in each label for connectivity."""
+    return planted_store(tmp_path_factory.mktemp("dense"), subjects=36, effect=2.0, frames=60, per_label=16, every=20)
 
 
 @pytest.fixture
@@ -236,7 +245,8 @@ def test_a_worker_elsewhere_takes_relative_paths_from_where_the_sweep_was_starte
     (tmp_path / "here").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    sweep = small(store, tmp_path, baselines=[], overrides={"atlas": "atlas.nii.gz"})
+    shutil.copyfile(load_atlas().source, tmp_path / "here" / "atlas.nii")
+    sweep = small(store, tmp_path, baselines=[], overrides={"atlas": "atlas.nii"})
     trials = plan_trials(sweep)
     monkeypatch.chdir(tmp_path / "elsewhere")
     for trial in trials:
@@ -419,7 +429,136 @@ def test_strategies_that_would_share_a_folder_are_refused(store, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("name", ["paper", "leave_one_site_out", "demo", "paper_small", "attribution_small"])
+@pytest.fixture
+def halves(tmp_path) -> Path:
+    """A made-up atlas file: AAL3's labels, in groups of odd (left) and even (right) numbers."""
+    atlas = load_atlas()
+    image = nib.Nifti1Image(atlas.labels[::2, ::2, ::2].astype(np.int16), atlas.affine @ np.diag([2, 2, 2, 1]))
+    path = tmp_path / "halves_dseg.nii.gz"
+    nib.save(image, path)
+    rows = "".join(f"{n}\tlabel {n}\t{'left' if n % 2 else 'right'}\n" for n in range(1, 171))
+    path.with_name("halves_dseg.tsv").write_text(f"index\tname\tgroup\n{rows}")
+    return path
+
+
+def test_one_sweep_goes_over_atlases_given_by_name_and_by_file(dense_store, tmp_path, calls, monkeypatch, halves):
+    monkeypatch.chdir(tmp_path)
+    file = halves.name  # from the folder in which the sweep is started
+    content = {
+        "store": str(dense_store), "results": "results", "splits": {"folds": 3, "test": [0]}, "steps": [],
+        "strategies": [
+            "random_tube",
+            {"mask": "region", "atlas": ["AAL3", "AAL116"], "regions": ["limbic"]},
+            {"mask": "equal", "atlas": file, "regions": ["left", ["left", "right"]]},
+            {"mask": "part_brain", "atlas": ["AAL116", file]},
+        ],
+        "baselines": [
+            "majority", "connectivity_logistic", {"baseline": "connectivity_logistic", "atlas": ["AAL116", file]}
+        ],
+        "bootstrap_resamples": 20,
+    }  # fmt: skip
+    Path("sweep.json").write_text(json.dumps(content))
+    sweep = read_sweep("sweep.json")
+    trials = {trial.strategy.name: trial for trial in plan_trials(sweep)}
+    assert list(trials) == [
+        "majority", "connectivity_logistic", "AAL116_connectivity_logistic", "halves_dseg_connectivity_logistic",
+        "random_tube", "AAL3_limbic", "AAL116_limbic", "halves_dseg_equal_left", "halves_dseg_equal_left_right",
+        "AAL116_part_brain", "halves_dseg_part_brain",
+    ]  # fmt: skip
+    assert run_sweep(sweep) == []
+    given = {call[2].split("__")[0]: set() for call in calls.calls}
+    for (_, _, name), overrides in zip(calls.calls, calls.overrides, strict=True):
+        given[name.split("__")[0]].add(overrides.get("atlas"))
+    assert given == {
+        "random_tube": {None}, "AAL3_limbic": {"AAL3"}, "AAL116_limbic": {"AAL116"}, "AAL116_part_brain": {"AAL116"},
+        "halves_dseg_equal_left": {str(halves)}, "halves_dseg_equal_left_right": {str(halves)},
+        "halves_dseg_part_brain": {str(halves)},
+    }  # fmt: skip
+    assert len({trial.pretraining for trial in trials.values()} - {""}) == 7
+    for name in ("connectivity_logistic", "AAL116_connectivity_logistic", "halves_dseg_connectivity_logistic"):
+        assert (Path(trials[name].folder) / "scores.json").is_file()
+        sha256 = load_atlas(trials[name].atlas).sha256
+        found = {name for path in Path("results/series").glob(f"*{sha256[:12]}.csv") for name in pd.read_csv(path)}
+        assert found
+        assert found <= set(load_atlas(trials[name].atlas).names.values())
+
+
+def test_connectivity_is_of_the_labels_of_its_atlas(dense_store, tmp_path, halves):
+    """Of a coarser copy of AAL3, whose labels have other names."""
+    run = read_manifest(dense_store)["runs"][0]
+    own = participant_series(dense_store, [run], tmp_path / "series", load_atlas(halves))[run["participant_id"]]
+    aal3 = participant_series(dense_store, [run], tmp_path / "series", load_atlas())[run["participant_id"]]
+    assert all(name.startswith("label ") for name in own)
+    numbers = {name: number for number, name in load_atlas().names.items()}
+    assert {f"label {numbers[name]}" for name in aal3} >= set(own)
+    assert len(list((tmp_path / "series").iterdir())) == 2  # one does not pass for the other
+
+
+def test_another_table_beside_the_same_image_makes_trials_anew(store, tmp_path, calls, halves):
+    strategies = [{"mask": "region", "atlas": str(halves), "regions": ["left"]}]
+    baselines = ["majority", {"baseline": "connectivity_logistic", "atlas": str(halves)}]
+    sweep = small(store, tmp_path, strategies=strategies, baselines=baselines, splits={"folds": 3, "test": [0]})
+    before = {trial.strategy.name: trial for trial in plan_trials(sweep)}
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("halves_dseg.nii.gz", "halves_dseg.tsv"):
+        shutil.copyfile(tmp_path / name, other / name)
+    table = other / "halves_dseg.tsv"
+    table.write_text(table.read_text().replace("label 41\tleft", "label 41\tright"))
+    halves.unlink()
+    halves.symlink_to(other / halves.name)
+    halves.with_name(table.name).unlink()
+    halves.with_name(table.name).symlink_to(table)
+    atlas_module._load.cache_clear()  # a later process
+    after = {trial.strategy.name: trial for trial in plan_trials(sweep)}
+    assert {name for name in before if before[name].sha256 != after[name].sha256} == set(before) - {"majority"}
+    assert before["halves_dseg_left"].pretraining != after["halves_dseg_left"].pretraining
+
+
+def test_the_report_has_a_table_of_regions_for_each_atlas(store, tmp_path, calls, monkeypatch, halves):
+    monkeypatch.setattr(module, "run_config", with_reconstruction(calls))
+    strategies = [{"mask": "region", "atlas": "AAL116", "regions": ["limbic"]},
+                  {"mask": "region", "atlas": str(halves), "regions": ["left", "right"]}]  # fmt: skip
+    sweep = small(store, tmp_path, strategies=strategies, splits={"folds": 3, "test": [0]}, steps=["reconstruct"])
+    assert run_sweep(sweep) == []
+    text = write_report(sweep.results, resamples=20).with_name("report.md").read_text()
+    lines = text.splitlines()
+    headers = {
+        line.split(", ")[1].split(" – ")[0]: lines[number + 2]
+        for number, line in enumerate(lines)
+        if line.startswith("## Reconstruction of each region from the rest: temporal R²")
+    }
+    groups = " | ".join([*load_atlas("AAL116").groups, "insula"])
+    assert headers == {
+        "AAL116": f"| strategy | {groups} | all |",
+        "halves_dseg.nii.gz": "| strategy | left | right | all |",
+    }
+    regions = pd.read_csv(Path(sweep.results) / "regions.csv")
+    assert set(regions["strategy"]) == {"AAL116_limbic", "halves_dseg_left", "halves_dseg_right"}
+
+
+def with_reconstruction(stage):
+    """The stage, which also writes what reconstruct.json writes: an error of 1 per label of the atlas."""
+
+    def run(run_id, configs, overrides, *rest):
+        stage(run_id, configs, overrides, *rest)
+        if "reconstruct" in configs:
+            folder = Path(overrides["output_dir"]) / "reconstruction"
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = [
+                {"participant_id": who, "name": name, "squared": 1.0, "count": 1.0, "residual": 1.0, "total": 2.0}
+                for who in "ab"
+                for name in load_atlas(overrides["atlas"]).names.values()
+            ]
+            pd.DataFrame(rows).to_csv(folder / "reconstruction_subjects.csv", index=False)
+            (folder / "reconstruction.json").write_text('{"masked_mse": 1.0, "temporal_r2": 0.5}')
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "name", ["paper", "leave_one_site_out", "demo", "paper_small", "attribution_small", "truth", "atlases"]
+)
 def test_ready_made_sweeps_are_valid(name):
     assert read_sweep(ROOT / "configs" / "sweeps" / f"{name}.json").strategies
 
@@ -431,6 +570,9 @@ def test_ready_made_sweeps_are_valid(name):
         ({"baselines": ["luck"]}, "unknown"),
         ({"steps": ["dance"]}, "unknown"),
         ({"strategies": [LIMBIC, LIMBIC]}, "same name"),
+        ({"strategies": [LIMBIC], "pretrain": {"atlas": "AAL116"}}, "belongs to a strategy or to `overrides`"),
+        ({"baselines": [{"baseline": "majority", "atlas": "AAL3"}]}, "one of connectivity_logistic, connectivity_svm"),
+        ({"baselines": [{"baseline": "connectivity_svm", "atlas": ["AAL3", "AAL3"]}]}, "same name"),
         ({"flavour": 1}, "not a sweep"),
         ({}, "nothing to run"),
     ],

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bundle.anatomy import grid
-from bundle.anatomy.atlas import labels_on, load_atlas
+from bundle.anatomy.atlas import AAL3, labels_on, load_atlas
 from bundle.anatomy.parcels import parcel_index, parcels_of
 from bundle.errors import InputError
 from bundle.heads.pooling import label_members, pool, token_shares
@@ -15,7 +15,7 @@ from bundle.heads.pooling import label_members, pool, token_shares
 def test_a_label_is_the_mean_over_its_voxels_of_the_tokens_that_they_lie_in(edge: int):
     size = grid.SHAPE[0] // edge
     tokens = torch.randn(2, size, size, size, 3, 5)
-    found = pool(tokens, token_shares(None, edge, grid.SHAPE))
+    found = pool(tokens, token_shares(AAL3, edge, grid.SHAPE))
     voxels = tokens.numpy().repeat(edge, 1).repeat(edge, 2).repeat(edge, 3)  # (2, X, Y, Z, 3, 5)
     atlas = load_atlas()
     index = parcel_index(atlas, parcels_of(atlas, "label"))
@@ -27,7 +27,7 @@ def test_a_label_is_the_mean_over_its_voxels_of_the_tokens_that_they_lie_in(edge
 
 
 def test_shares_of_merged_tokens_are_sums_over_their_eight():
-    fine, coarse = (token_shares(None, edge, grid.SHAPE) for edge in (6, 12))
+    fine, coarse = (token_shares(AAL3, edge, grid.SHAPE) for edge in (6, 12))
     merged = fine.view(-1, 8, 2, 8, 2, 8, 2).sum((2, 4, 6)).flatten(1)
     torch.testing.assert_close(merged, coarse)
     torch.testing.assert_close(fine.sum(1), torch.ones(len(fine)))
@@ -35,16 +35,16 @@ def test_shares_of_merged_tokens_are_sums_over_their_eight():
 
 def test_members_of_a_group_are_the_rows_of_its_labels():
     atlas = load_atlas()
-    shares = token_shares(None, 6, grid.SHAPE)
+    shares = token_shares(AAL3, 6, grid.SHAPE)
     present = np.unique(labels_on(atlas, grid.AFFINE, grid.SHAPE))[1:]
     assert len(present) == len(shares)
-    for numbers, rows in zip(parcels_of(atlas, "group").values(), label_members(None, "group"), strict=True):
+    for numbers, rows in zip(parcels_of(atlas, "group").values(), label_members(AAL3, "group"), strict=True):
         assert present[rows].tolist() == [number for number in numbers if number in present]
-    assert label_members(None, "label") == [[row] for row in range(len(shares))]
+    assert label_members(AAL3, "label") == [[row] for row in range(len(shares))]
 
 
 def test_unknown_levels_and_other_grids_are_refused():
     with pytest.raises(InputError, match="level must be"):
-        label_members(None, "lobe")
+        label_members(AAL3, "lobe")
     with pytest.raises(InputError, match="fill the grid"):
-        token_shares(None, 6, (24, 24, 24))
+        token_shares(AAL3, 6, (24, 24, 24))

@@ -103,7 +103,7 @@ def test_region_weights_by_numpy():
 def test_balanced_regions_count_alike():
     """An error of 1 in one region only gives the same loss whichever region it is in."""
     loss = RegionWeightedMSELoss("balanced")
-    index = torch.from_numpy(region_index(list(REGIONS)))
+    index = torch.from_numpy(region_index(list(REGIONS), load_atlas()))
     target = {"image": torch.zeros(1, 1, 96, 96, 96, 1), "mask": torch.ones(1, 1, 96, 96, 96, dtype=torch.bool)}
     losses = [float(loss((index == n).float()[None, None, ..., None], target)) for n in range(8)]
     assert losses == pytest.approx([1 / 8] * 8, rel=1e-4)

@@ -381,5 +381,5 @@ def test_absent_brain_and_absent_clip_name_are_refused():
 
 def test_item_is_not_changed_in_place():
     item = small_item()
-    AAL3ROIMaskd("image", region_labels("limbic", load_atlas().names), mask_key="hidden")(item)
+    AAL3ROIMaskd("image", region_labels("limbic", load_atlas()), mask_key="hidden")(item)
     assert set(item) == {"image", "brain", "run_id", "start"}

@@ -3,16 +3,21 @@
 import re
 
 import numpy as np
+import pytest
 from matplotlib.image import imread
 from small_runs import coarse_signal, run_of, save_bold
 
+from bundle.anatomy import grid
+from bundle.anatomy.atlas import AAL3, labels_on, load_atlas
+from bundle.preparation.chain import load_preparation
 from bundle.preparation.pictures import picture
 from bundle.preparation.prepare import prepare
+from bundle.preparation.store import read_run, read_voxels
 
 
 def test_a_picture_shows_the_brain_bright_on_black(tmp_path):
     voxels = np.ravel_multi_index(np.mgrid[20:70, 30:80, 20:60].reshape(3, -1), (96, 96, 96))
-    (tmp_path / "a.webp").write_bytes(picture(np.linspace(0, 1, len(voxels), dtype=np.float32), voxels))
+    (tmp_path / "a.webp").write_bytes(picture(np.linspace(0, 1, len(voxels), dtype=np.float32), voxels, AAL3))
     image = imread(tmp_path / "a.webp")[..., :3].astype(float)
     assert image.shape == (260, 720, 3)
     assert image[:5].mean() < 5  # the rim
@@ -35,3 +40,22 @@ def test_prepare_draws_each_stored_run_once_and_anew_when_it_changes(tmp_path):
     after = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("store/runs/*/picture.webp")}
     assert after["sub-a"] != drawn["sub-a"]
     assert after["sub-b"] == drawn["sub-b"]
+
+
+def test_another_atlas_means_other_coverage_and_pictures_and_the_same_frames(tmp_path):
+    save_bold(tmp_path / "a.nii.gz", coarse_signal(24, 0), tr=1.0)
+    runs, store = [run_of(tmp_path / "a.nii.gz", "sub-a")], tmp_path / "store"
+    prepare(runs, store, pictures=True)
+    made = {path.name: path.stat().st_mtime_ns for path in (store / "runs" / "sub-a").iterdir()}
+    other = load_preparation(atlas="AAL116")
+    assert prepare(runs, store, other, pictures=True)["updated"] == 1
+    after = {path.name: path.stat().st_mtime_ns for path in (store / "runs" / "sub-a").iterdir()}
+    assert {name for name in made if made[name] != after[name]} == {"run.json", "picture.webp"}
+    record = read_run(store, "sub-a")
+    assert record["coverage_atlas"] == load_atlas("AAL116").sha256
+    brain = np.zeros(np.prod(grid.SHAPE), bool)
+    brain[read_voxels(store, "sub-a")] = True
+    labels = labels_on(load_atlas("AAL116"), grid.AFFINE, grid.SHAPE).ravel()
+    temporal = (labels >= 79) & (labels <= 90)  # Heschl_L to Temporal_Inf_R of AAL.txt
+    assert record["coverage"]["temporal"] == pytest.approx(brain[temporal].mean())
+    assert prepare(runs, store, other, pictures=True)["current"] == 1

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 from monai.bundle import ConfigParser
 from tiny_configs import CONFIGS, ROOT
 
+from bundle.anatomy.atlas import load_atlas
 from bundle.errors import InputError
 from bundle.training.provenance import CANNOT_SHAPE, Provenance, entries, parser_at_work, resolved_config
 
@@ -99,11 +102,31 @@ def test_folders_do_not_count_and_files_count_by_their_content(tmp_path: Path):
     config = merged("pretrain")
     facts(config, "here").require(facts(config, "there").facts, "last.pt")
     for name, content in (("a", "1"), ("b", "1"), ("c", "2")):
-        (tmp_path / f"{name}.nii").write_text(content)
-    first, same, other = (facts(config | {"atlas": str(tmp_path / f"{name}.nii")}) for name in "abc")
+        (tmp_path / f"{name}.txt").write_text(content)
+    first, same, other = (facts(config | {"regions": str(tmp_path / f"{name}.txt")}) for name in "abc")
     same.require(first.facts, "last.pt")
-    with pytest.raises(InputError, match="was made with atlas 'sha256 6b86"):
+    with pytest.raises(InputError, match="was made with regions 'sha256 6b86"):
         other.require(first.facts, "last.pt")
+
+
+def test_an_atlas_counts_by_its_labels_names_and_groups_wherever_it_lies(tmp_path: Path):
+    labels = np.zeros((20, 20, 20), np.int16)
+    labels[:10], labels[10:] = 1, 2
+    tables = {"a": ["x", "y"], "b": ["x", "y"], "grouped": ["x", "x"], "renamed": ["x", "y"]}
+    config, made = merged("pretrain", "masks/region_tubes"), {}
+    for name, groups in tables.items():
+        nib.save(
+            nib.Nifti1Image(labels, nib.affines.from_matvec(np.eye(3), (-10, -30, 10))), tmp_path / f"{name}.nii.gz"
+        )
+        second = "two" if name == "renamed" else "b"
+        (tmp_path / f"{name}.tsv").write_text(f"index\tname\tgroup\n1\ta\t{groups[0]}\n2\t{second}\t{groups[1]}\n")
+        made[name] = facts(config | {"atlas": str(tmp_path / f"{name}.nii.gz")})
+    made["b"].require(made["a"].facts, "last.pt")
+    for name in ("grouped", "renamed"):
+        with pytest.raises(InputError, match="was made with atlas 'sha256 "):
+            made[name].require(made["a"].facts, "last.pt")
+    aal3 = facts(config).facts["config"]
+    assert aal3["atlas"] == aal3["mask"]["atlas"] == f"sha256 {load_atlas().sha256}"
 
 
 def test_a_fact_that_one_side_lacks_is_a_difference_unless_it_may_be_more():

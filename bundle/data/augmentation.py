@@ -21,10 +21,10 @@ from bundle.preparation.transforms import Item
 class AugmentClipd(Randomizable, MapTransform):
     """Move, scale and disturb a clip, differently at each call.
 
-    The image (T, X, Y, Z), "brain" (1, X, Y, Z) and, where there is one, "anatomy" (T, X, Y, Z) are moved together by one
-    affine, as channels of one linear interpolation. Their affines follow, so that a mask that is drawn afterwards lies
-    where its region has gone. Voxels count by their share of brain: no background is mixed into the brain's edge.
-    Outside the moved brain the background's value stands, as before.
+    The image (T, X, Y, Z), "brain" (1, X, Y, Z) and, where there is one, "anatomy" (T, X, Y, Z), on the fixed grid, are
+    moved together by one affine, as channels of one linear interpolation. Their affines follow, so that a mask that is
+    drawn afterwards lies where its region has gone. Voxels count by their share of brain: no background is mixed into
+    the brain's edge. Outside the moved brain the background's value stands, as before.
 
     Args:
         rotate: largest angle about each axis, degrees.
@@ -55,8 +55,8 @@ class AugmentClipd(Randomizable, MapTransform):
         MapTransform.__init__(self, keys)
         if min(rotate, translate, scale, intensity, noise) < 0 or max(scale, intensity) >= 1:
             raise InputError(
-                "augment: rotate, translate, scale, intensity and noise must be 0 or more, scale and intensity below 1, "
-                f"not {rotate}, {translate}, {scale}, {intensity} and {noise}"
+                "augment: rotate, translate, scale, intensity and noise must be 0 or more, scale and intensity "
+                f"below 1, not {rotate}, {translate}, {scale}, {intensity} and {noise}"
             )
         self.intensity = intensity
         self.noise = noise
@@ -86,7 +86,7 @@ class AugmentClipd(Randomizable, MapTransform):
             outside = int(brain.flatten().int().argmin())  # flat index of a voxel that is not brain
             fills = {name: float(image[0].flatten()[outside]) for name, image in channels.items()}
             stack = torch.cat([*(image - fills[name] for name, image in channels.items()), brain.float()])
-            moved = self.move(MetaTensor(stack, affine=item[key].affine))
+            moved: Any = self.move(MetaTensor(stack, affine=item[key].affine))
             *parts, share = moved.as_tensor().split([len(image) for image in channels.values()] + [1])
             inside = share[0] >= 0.5
             factor = 1 + self.R.uniform(-self.intensity, self.intensity)

@@ -1,7 +1,8 @@
 """Which voxels are hidden: pure functions, true = hidden. Every draw comes from the generator passed in.
 
-Region masks are tubes: one mask `(X, Y, Z)` for all frames, or for some that `some_frames` draws. A token is a patch of 6 x 6 x 6 voxels of one
-frame; random and window masks are drawn on the grid of tokens `(x, y, z, t)` and then spread to voxels.
+Region masks are tubes: one mask `(X, Y, Z)` for all frames, or for those that `some_frames` draws. A token is a
+patch of 6 x 6 x 6 voxels of one frame; random and window masks are drawn on the grid of tokens `(x, y, z, t)` and then
+spread to voxels.
 """
 
 from collections.abc import Sequence
@@ -142,7 +143,8 @@ def some_frames(frames: int, share: float, block: int, rng: np.random.RandomStat
     count = min(round(share * frames / block), frames // block)
     if count == 0:
         raise InputError(
-            f"a share of {share} of {frames} frames holds no block of {block} frames; take shorter blocks or more frames"
+            f"a share of {share} of {frames} frames holds no block of {block} frames; take shorter blocks, or more of "
+            "the frames"
         )
     # A block counts as one place and its further frames are added afterwards, so that no two overlap.
     places = np.sort(rng.choice(frames - count * (block - 1), count, replace=False))

@@ -11,17 +11,18 @@ and the neighbours `N_s(i)` of token i in space (same frame) and `N_t(i)` in tim
 
 and drops the element A_ij with probability W_ij. DropMAE (Wu et al. 2023, arXiv 2304.00571) did this to videos before.
 
-Mamba has no attention to drop elements of. As in the authors' code, A is the softmax of the products of Mamba's outputs,
-and whole tokens are dropped: what Mamba adds to them is left out. What the two do not settle was chosen so:
+Mamba has no attention to drop elements of. As in the authors' code, A is the softmax of the products of Mamba's
+outputs, and whole tokens are dropped: what Mamba adds to them is left out. The rest was chosen so:
 
 - The redundancy of token i is the expected number of its dropped elements: the sum of each term of (3) over the
   neighbours in its denominator, `(f_temp(i) + f_spat(i)) / 2`. (The code sums over all tokens of the window and divides
   by the number of neighbours.)
 - A given share of each window is dropped, drawn in proportion to redundancy, as in DropMAE. (The code takes what it
-  computes for a probability. That depends on the window: of tokens that are all alike it drops 7 % in windows of 2 along
-  each axis, and 0.3 to 1 % in those of 4.)
-- Neighbours are neighbours in the grid: a window at its border that continues at the other side, and padding, have none
-  across. (The code takes neighbours in the window, of the size that was configured, and fails where the grid is smaller.)
+  computes for a probability. That depends on the window: of tokens that are all alike it drops 7 % in windows of 2
+  along each axis, and 0.3 to 1 % in those of 4.)
+- Neighbours are neighbours in the grid: where a shifted window goes on at the other side of the grid there are none
+  across, and padding is no neighbour. (The code takes neighbours in windows of the configured size, and fails where
+  the grid is smaller than that, as in the last stage of its default settings.)
 - What is kept is not scaled up: a kept token is what it is in evaluation.
 """
 
@@ -45,8 +46,8 @@ class RedundancyDropout:
     Args:
         rate: share of each window's tokens, 0 to below 1; their number is rounded.
         window: tokens along x, y, z and t.
-        sides: (windows, volume): neighbours must have the same number, and below 0 is padding. None: all are real and of
-            one side.
+        sides: (windows, volume): neighbours have the same number, and below 0 is padding. None: all are real and of one
+            side.
     """
 
     def __init__(self, rate: float, window: Sequence[int], sides: Tensor | None) -> None:

@@ -79,8 +79,8 @@ class RegionWeightedMSELoss(nn.Module):
         """
         if "affine" in target and not np.allclose(target["affine"].numpy(), AFFINE, rtol=0, atol=1e-4):
             raise InputError(
-                "loss: the regions' weights lie on the fixed grid, but augmentation has moved a clip; set augment#rotate, "
-                "#translate and #scale to 0, or take a loss without weights"
+                "loss: the regions' weights lie on the fixed grid, but augmentation has moved a clip; set "
+                "augment#rotate, augment#translate and augment#scale to 0, or take a loss without weights"
             )
         mask = target["mask"] if target["mask"].ndim == prediction.ndim else target["mask"].unsqueeze(-1)
         weight = self.voxel_weight.to(prediction.device) * mask

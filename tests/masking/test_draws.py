@@ -152,7 +152,7 @@ def test_blocks_that_cannot_be_are_refused(tokens, block, ratio, message):
 
 @pytest.mark.parametrize(("frames", "share", "block", "count"), [(8, 0.5, 1, 4), (8, 0.75, 2, 3), (7, 0.5, 3, 1)])
 def test_every_placement_of_blocks_of_frames_is_drawn_equally_often(frames, share, block, count):
-    """Against a list of all ways to place the blocks without overlap, as sets of hidden frames by the blocks' starts."""
+    """Against a list of all ways to place the blocks without overlap; those with the same frames count together."""
     placements = [
         starts
         for starts in itertools.combinations(range(frames - block + 1), count)

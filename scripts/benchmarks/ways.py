@@ -1,5 +1,6 @@
 """What ways of pretraining cost: augmentation of all frames at once, and redundancy dropout."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +14,7 @@ from bundle.data.augmentation import AugmentClipd
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.preparation.transforms import Item
 from scripts.benchmarks.cases import FULL, QUICK, brain_like, training_step
-from scripts.benchmarks.measure import Measurement, machine, markdown, measure, seconds_text
+from scripts.benchmarks.measure import Measurement, machine, markdown, seconds_text
 
 MOVING = {"rotate": 3.0, "translate": 4.0, "scale": 0.05}
 
@@ -82,18 +83,26 @@ def redundancy(quick: bool = False, repeats: int = 7, device: str = "cpu", rate:
 
 
 def side_by_side(runs: list[Callable], repeats: int, device: str) -> list[Measurement]:
-    """Time functions in turn, so that what else the machine does falls on all of them."""
+    """Time functions in turn, so that what else the machine does falls on all; on a CPU, the process's own time."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
     for run in runs:
         run()
-    rounds = [[measure(run, 1, warmup=0, device=device) for run in runs] for _ in range(repeats)]
-    return [
-        Measurement(tuple(one.seconds[0] for one in column), max(one.peak for one in column))
-        for column in zip(*rounds, strict=True)
-    ]
+    rounds = [[_seconds(run, clock, device) for run in runs] for _ in range(repeats)]
+    return [Measurement(column, 0) for column in zip(*rounds, strict=True)]
+
+
+def _seconds(run: Callable, clock: Callable[[], float], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
 
 
 def ratio(found: list[Measurement]) -> str:
     """Median and quartiles of the ratios of two functions' times, round by round."""
-    ratios = Measurement(tuple(a / b for a, b in zip(found[0].seconds, found[1].seconds, strict=True)), 0)
-    low, _, high = torch.tensor(ratios.seconds).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return f"{ratios.median:.2f} ({low:.2f} to {high:.2f})"
+    ratios = torch.tensor([a / b for a, b in zip(found[0].seconds, found[1].seconds, strict=True)])
+    low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"

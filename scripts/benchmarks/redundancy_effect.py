@@ -50,6 +50,7 @@ def redundancy_effect(
         steps: of each pretraining, one clip each.
         learning_rate: of AdamW.
     """
+    facts = machine()
     train, validation = (_clips(Path(store), subset) for subset in ("train", "validation"))
     found = np.empty((len(rates), len(seeds), len(MEASURES)))
     for (number, seed), (row, rate) in product(enumerate(seeds), enumerate(rates)):
@@ -62,8 +63,8 @@ def redundancy_effect(
         each = ", ".join(f"{score:.3f}" for score in scores)
         rows.append([f"{rate:g}", measure, f"{scores.mean():.3f}", each, text])
     header = ["rate", "hidden", "temporal R²", "of each seed", f"minus rate {rates[0]:g}, same seed: mean (range)"]
-    facts = f"{len(train)} clips to train on, {len(validation)} to validate, {steps} steps of one clip."
-    return f"{machine()}\n{facts}\n\n{markdown(header, rows)}"
+    counts = f"{len(train)} clips to train on, {len(validation)} to validate, {steps} steps of one clip."
+    return f"{facts}\n{counts}\n\n{markdown(header, rows)}"
 
 
 def _clips(store: Path, subset: str) -> list[Item]:

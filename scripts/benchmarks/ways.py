@@ -27,6 +27,7 @@ def augmentation(quick: bool = False, repeats: int = 7, device: str = "cpu") -> 
         repeats: timed runs of each.
         device: "cpu" or "cuda".
     """
+    facts = machine(device)
     size, frames = ((24, 24, 24), 4) if quick else (grid.SHAPE, 20)
     brain = brain_like(size).to(device)
     image = torch.zeros(frames, *size, device=device)
@@ -47,7 +48,7 @@ def augmentation(quick: bool = False, repeats: int = 7, device: str = "cpu") -> 
         found = side_by_side([together, one_by_one], repeats, device)
         rows.append([name, *(seconds_text(each.median) for each in found), ratio(found[::-1])])
     header = ["one clip", "all frames at once", "a loop over frames", "loop / at once, median (and quartiles)"]
-    return machine(device) + "\n\n" + markdown(header, rows)
+    return facts + "\n\n" + markdown(header, rows)
 
 
 def _loop(image: MetaTensor, transforms: list[Callable]) -> Tensor:
@@ -72,6 +73,7 @@ def redundancy(quick: bool = False, repeats: int = 7, device: str = "cpu", rate:
         device: "cpu" or "cuda".
         rate: share of the tokens that is dropped.
     """
+    facts = machine(device)
     size = QUICK if quick else FULL
     steps = [
         training_step(MaskedAutoencoder(**size, redundancy_dropout=dropped), device=device) for dropped in (0.0, rate)
@@ -79,7 +81,7 @@ def redundancy(quick: bool = False, repeats: int = 7, device: str = "cpu", rate:
     found = side_by_side(steps, repeats, device)
     header = ["MAE training step", "without", f"rate {rate}", "with / without, median (and quartiles)"]
     row = ["batch 1", *(seconds_text(each.median) for each in found), ratio(found[::-1])]
-    return machine(device) + "\n\n" + markdown(header, [row])
+    return facts + "\n\n" + markdown(header, [row])
 
 
 def side_by_side(runs: list[Callable], repeats: int, device: str) -> list[Measurement]:

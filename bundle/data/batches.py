@@ -139,6 +139,7 @@ class PrepareBatch:
         if "mask" not in items[0]:
             return image, target, (), {}
         target["mask"] = torch.stack([torch.as_tensor(item["mask"]).as_subclass(Tensor) for item in items])
+        target["affine"] = torch.stack([torch.as_tensor(item["mask"].affine).as_subclass(Tensor) for item in items])
         return image, target, (target["mask"],), {}
 
 

@@ -216,7 +216,7 @@ def suite_model(
     return transform, RunEmbedder(readout, Normalisation(**facts["normalisation"]), voxels, precision)
 
 
-def _readout(saved: Mapping[str, Any], facts: Mapping[str, Any], path: str, atlas: str | None) -> CovarianceReadout:
+def _readout(saved: Mapping[str, Any], facts: Mapping[str, Any], path: str, atlas: str) -> CovarianceReadout:
     """A checkpoint's own covariance readout; of any other checkpoint its encoder, under one that is not fitted."""
     fitted = saved["network"].get("_extra_state", {})
     if "fitted" in fitted:

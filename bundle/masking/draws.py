@@ -1,7 +1,8 @@
 """Which voxels are hidden: pure functions, true = hidden. Every draw comes from the generator passed in.
 
-Region masks are tubes: one mask `(X, Y, Z)` for all frames. A token is a patch of 6 x 6 x 6 voxels of one
-frame; random and window masks are drawn on the grid of tokens `(x, y, z, t)` and then spread to voxels.
+Region masks are tubes: one mask `(X, Y, Z)` for all frames, or for those that `some_frames` draws. A token is a
+patch of 6 x 6 x 6 voxels of one frame; random and window masks are drawn on the grid of tokens `(x, y, z, t)` and then
+spread to voxels.
 """
 
 from collections.abc import Sequence
@@ -120,6 +121,37 @@ def random_blocks(
     for axis, side in enumerate(block):
         hidden = hidden.repeat(side, axis)  # blocks -> tokens
     return hidden
+
+
+def some_frames(frames: int, share: float, block: int, rng: np.random.RandomState) -> np.ndarray:
+    """Choose frames of a clip at random, in blocks of consecutive ones.
+
+    Every way to place the blocks without overlap is as likely as the others; two of them may touch.
+
+    Args:
+        frames: of the clip.
+        share: of the frames, above 0 and at most 1; the number of blocks is rounded.
+        block: frames chosen together; 1 chooses them one by one.
+        rng: generator of the draw.
+
+    Returns:
+        Bool `(frames,)`, true = chosen.
+
+    Raises:
+        InputError: the share is less than half a block, or a block does not fit in the clip.
+    """
+    count = min(round(share * frames / block), frames // block)
+    if count == 0:
+        raise InputError(
+            f"a share of {share} of {frames} frames holds no block of {block} frames; take shorter blocks, or more of "
+            "the frames"
+        )
+    # A block counts as one place and its further frames are added afterwards, so that no two overlap.
+    places = np.sort(rng.choice(frames - count * (block - 1), count, replace=False))
+    starts = places + np.arange(count) * (block - 1)
+    chosen = np.zeros(frames, bool)
+    chosen[starts[:, None] + np.arange(block)] = True
+    return chosen
 
 
 def tokens_with(voxels: Tensor, patch: int = PATCH) -> Tensor:

@@ -227,7 +227,7 @@ class RandomTokenMaskd(_AddMaskd):
         if self.where == "brain":
             brain = _brain(item, self.brain_key, image)
             within = draws.tokens_with(brain, self.patch).cpu().numpy()
-        frames = image.shape[0] if image.ndim == 4 else image.shape[4]
+        frames = _frames(image)
         tokens = (*draws.token_grid(tuple(image.shape[1:4]), self.patch), frames)
         block = (*self.block[:3], frames) if self.tube else self.block
         hidden = torch.from_numpy(draws.random_blocks(tokens, block, self.ratio, rng, within))
@@ -301,10 +301,49 @@ class RegionAndTubesMaskd(_AddMaskd):
         return region.to(image.device) | draws.to_voxels(tubes.to(image.device), self.patch)
 
 
+class SomeFramesMaskd(_AddMaskd):
+    """Hide what another mask hides, but at some frames of the clip only; `mask` is `(1, X, Y, Z, T)`.
+
+    A region that is hidden at all frames can only be told from other regions; at some frames, also from its own past
+    and future. BOLD is smooth over a few seconds, so that single frames can be interpolated, and blocks less so.
+
+    Args:
+        mask: what is hidden, at all frames: any mask of this module that draws `(X, Y, Z)`. Its keys, seed and
+            `fixed` hold for this one.
+        share: of the frames, above 0 and at most 1; as near to it as whole blocks come.
+        block: consecutive frames that are hidden together; 1 draws each frame by itself.
+
+    Raises:
+        InputError: a share outside (0, 1], a block below 1; when called, a block longer than the clip, or a `mask` that
+            differs between frames already.
+    """
+
+    def __init__(self, mask: _AddMaskd, share: float, block: int = 1) -> None:
+        super().__init__(mask.keys, mask.mask_key, mask.seed, mask.fixed)
+        if block < 1:
+            raise InputError(f"block must be 1 frame or more, not {block}")
+        self.mask = mask
+        self.share = _share("share", share)
+        self.block = block
+
+    def draw(self, item: dict, image: MetaTensor, rng: np.random.RandomState) -> Tensor:
+        """Return the other mask's voxels at the drawn frames."""
+        voxels = self.mask.draw(item, image, rng)
+        if voxels.ndim != 3:
+            raise InputError(f"{type(self.mask).__name__} hides other voxels at each frame; give a mask of all frames")
+        frames = draws.some_frames(_frames(image), self.share, self.block, rng)
+        return voxels[..., None] & torch.from_numpy(frames).to(voxels.device)
+
+
 def _share(name: str, value: float) -> float:
     if not 0 < value <= 1:
         raise InputError(f"{name} must be above 0 and at most 1, not {value}")
     return value
+
+
+def _frames(image: MetaTensor) -> int:
+    """Frames of a clip `(T, X, Y, Z)` or `(1, X, Y, Z, T)`."""
+    return image.shape[0] if image.ndim == 4 else image.shape[4]
 
 
 def _affine(image: MetaTensor) -> np.ndarray:

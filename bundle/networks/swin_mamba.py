@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bundle.errors import InputError
 from bundle.networks.mamba import STATES, Mamba, kernels_for
+from bundle.networks.redundancy import RedundancyDropout, check_rate
 from bundle.networks.scan import rows_per_tile
 
 ORIENTATIONS = ("RAS", "LAS")
@@ -72,7 +73,7 @@ class Windows:
     """
 
     def __init__(self, grid: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device) -> None:
-        self.grid, self.volume = tuple(grid), math.prod(window)
+        self.grid, self.volume, self.shift = tuple(grid), math.prod(window), tuple(shift)
         total = math.prod(grid)
         places = torch.arange(total, device=device).view(1, *grid, 1)
         missing = [-size % width for size, width in zip(grid, window, strict=True)]
@@ -97,6 +98,20 @@ class Windows:
         flat = windows.reshape(-1, len(self._order), windows.shape[-1])
         return _Reorder.apply(flat, self._inverse, self._order).unflatten(1, self.grid)
 
+    def sides(self) -> Tensor | None:
+        """Which tokens of a window lie together in the grid, too: int8 (windows, volume), or None if all do.
+
+        A shifted window at the end of the grid goes on at its beginning. Tokens there have another number than those
+        at the end; -1 is padding.
+        """
+        if self.real is None and not any(self.shift):
+            return None
+        side = torch.zeros(1, *self.grid, 1, dtype=torch.int8, device=self._order.device)
+        for axis, step in enumerate(self.shift):
+            side.narrow(1 + axis, 0, step).add_(2**axis)
+        sides = self.cut(side)
+        return (sides if self.real is None else sides.where(self.real, -1)).squeeze(-1)
+
 
 class WindowBlock(nn.Module):
     """LayerNorm, Mamba inside windows, residual; LayerNorm, MLP (4 x wide), residual.
@@ -107,13 +122,24 @@ class WindowBlock(nn.Module):
     All of it is local to a window, so it runs on as many windows at once as the cache holds. With the plain
     scan the backward pass recomputes everything but the scan, which takes longest; with checkpointing the
     scan as well.
+
+    In training, `redundancy_dropout` is the share of a window's tokens to which nothing of Mamba is added
+    (`bundle.networks.redundancy`).
     """
 
-    def __init__(self, channels: int, window: Sequence[int], shifted: bool, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        window: Sequence[int],
+        shifted: bool,
+        checkpointing: bool = False,
+        redundancy_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.window = tuple(window)
         self.shift = tuple(width // 2 if shifted else 0 for width in window)
         self.checkpointing = checkpointing
+        self.redundancy_dropout = redundancy_dropout
         self.norm1 = nn.LayerNorm(channels)
         self.mamba = Mamba(channels)
         self.norm2 = nn.LayerNorm(channels)
@@ -131,32 +157,49 @@ class WindowBlock(nn.Module):
         layout = Windows(grid, window, shift, tokens.device)
         windows = layout.cut(tokens)
         real = None if layout.real is None else layout.real.repeat(batch, 1, 1)
+        sides = layout.sides() if self._drops() else None
+        sides = None if sides is None else sides.repeat(batch, 1)
         if brain is None:
-            return layout.join(self._run(windows, real))
+            return layout.join(self._run(windows, window, real, sides))
         places = brain.to(tokens.device).view(1, *brain.shape, 1, 1).expand(batch, *grid, 1)
         (chosen,) = layout.cut(places).any(dim=(1, 2)).nonzero(as_tuple=True)
-        done = self._run(windows[chosen], None if real is None else real[chosen])
+        blank, side = (None if each is None else each[chosen] for each in (real, sides))
+        done = self._run(windows[chosen], window, blank, side)
         return layout.join(windows.index_copy(0, chosen, done.to(windows.dtype)))
 
-    def _run(self, windows: Tensor, real: Tensor | None) -> Tensor:
-        """Run all windows (n, l, c), some at a time; `real` (n, l, 1) is False for padding."""
+    def _drops(self) -> bool:
+        return self.training and self.redundancy_dropout > 0
+
+    def _run(self, windows: Tensor, window: tuple[int, ...], real: Tensor | None, sides: Tensor | None) -> Tensor:
+        """Run all windows (n, l, c), some at a time; `real` (n, l, 1) is False for padding, `sides` as in `Windows`."""
         channels = windows.shape[-1]
         tiles = math.ceil(len(windows) / rows_per_tile(windows.device, STATES, 2 * channels)) or 1
         blanks = [None] * tiles if real is None else real.chunk(tiles)
-        results = [self._tile(tile, blank) for tile, blank in zip(windows.chunk(tiles), blanks, strict=False)]
+        parts = [None] * tiles if sides is None else sides.chunk(tiles)
+        results = [
+            self._tile(tile, blank, RedundancyDropout(self.redundancy_dropout, window, side) if self._drops() else None)
+            for tile, blank, side in zip(windows.chunk(tiles), blanks, parts, strict=False)
+        ]
         return results[0] if len(results) == 1 else torch.cat(results)
 
-    def _tile(self, windows: Tensor, real: Tensor | None) -> Tensor:
+    def _tile(self, windows: Tensor, real: Tensor | None, drop: RedundancyDropout | None) -> Tensor:
         if torch.is_grad_enabled() and (kernels_for(windows.device.type).plain or self.checkpointing):
-            saved_states: list[Tensor] | None = None if self.checkpointing else []
-            return checkpoint(self._mix, windows, real, saved_states, use_reentrant=False, preserve_rng_state=False)
-        return self._mix(windows, real)
+            saved: list[Tensor] | None = None if self.checkpointing else []
+            return checkpoint(self._mix, windows, real, drop, saved, use_reentrant=False, preserve_rng_state=False)
+        return self._mix(windows, real, drop)
 
-    def _mix(self, windows: Tensor, real: Tensor | None, saved_states: list[Tensor] | None = None) -> Tensor:
+    def _mix(
+        self,
+        windows: Tensor,
+        real: Tensor | None,
+        drop: RedundancyDropout | None,
+        saved_states: list[Tensor] | None = None,
+    ) -> Tensor:
         normal = self.norm1(windows)
         if real is not None:
             normal = normal.where(real, 0)
-        windows = windows + self.mamba(normal, saved_states)
+        mixed = self.mamba(normal, saved_states)
+        windows = windows + (mixed if drop is None else drop(mixed))
         return windows + self.mlp(self.norm2(windows))
 
 
@@ -180,11 +223,18 @@ class BlockStack(nn.Module):
     """Window blocks at one resolution; every second one is shifted, unless `shifted` is False."""
 
     def __init__(
-        self, channels: int, depth: int, window: Sequence[int], shifted: bool = True, checkpointing: bool = False
+        self,
+        channels: int,
+        depth: int,
+        window: Sequence[int],
+        shifted: bool = True,
+        checkpointing: bool = False,
+        redundancy_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            WindowBlock(channels, window, shifted and index % 2 == 1, checkpointing) for index in range(depth)
+            WindowBlock(channels, window, shifted and index % 2 == 1, checkpointing, redundancy_dropout)
+            for index in range(depth)
         )
 
     def forward(self, tokens: Tensor, brain: Tensor | None = None) -> Tensor:
@@ -259,6 +309,8 @@ class SwinMambaEncoder(nn.Module):
         orientation: direction of x in the images that the weights were trained on. Input is always RAS. With
             "LAS" it is mirrored on the way in and the result mirrored back. (Mirrored weights would not do
             the same: Mamba reads a window's tokens in one direction of x.)
+        redundancy_dropout: in training, the share of each window's tokens that every block's Mamba leaves as they are:
+            tokens that are much like their neighbours, see `bundle.networks.redundancy`. It has no weights.
     """
 
     def __init__(
@@ -275,6 +327,7 @@ class SwinMambaEncoder(nn.Module):
         checkpointing: bool = False,
         orientation: str = "RAS",
         skip_background: bool = False,
+        redundancy_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         stages = len(depths)
@@ -318,7 +371,7 @@ class SwinMambaEncoder(nn.Module):
                 window = (*grid, window_size[3])
             channels = embed_dim * 2**i
             shifted = not (last and full_last_stage)
-            stack = BlockStack(channels, depth, window, shifted, checkpointing)
+            stack = BlockStack(channels, depth, window, shifted, checkpointing, check_rate(redundancy_dropout))
             self.stages.append(EncoderStage(channels, grid, frames, stack, merge=not last))
 
     def forward(self, image: Tensor) -> Tensor:

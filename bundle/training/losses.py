@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bundle.anatomy.atlas import AAL3, load_atlas
+from bundle.anatomy.grid import AFFINE
 from bundle.anatomy.parcels import region_index
 from bundle.errors import InputError
 
@@ -71,7 +73,16 @@ class RegionWeightedMSELoss(nn.Module):
         self.register_buffer("voxel_weight", table[index].float()[None, None, ..., None], persistent=False)
 
     def forward(self, prediction: Tensor, target: dict[str, Tensor]) -> Tensor:
-        """Return the scalar loss of `prediction` `(B, 1, X, Y, Z, T)` on the fixed grid."""
+        """Return the scalar loss of `prediction` `(B, 1, X, Y, Z, T)` on the fixed grid.
+
+        Raises:
+            InputError: the clips were moved off the grid, so that the weights would lie on other voxels.
+        """
+        if "affine" in target and not np.allclose(target["affine"].numpy(), AFFINE, rtol=0, atol=1e-4):
+            raise InputError(
+                "loss: the regions' weights lie on the fixed grid, but augmentation has moved a clip; set "
+                "augment#rotate, augment#translate and augment#scale to 0, or take a loss without weights"
+            )
         mask = target["mask"] if target["mask"].ndim == prediction.ndim else target["mask"].unsqueeze(-1)
         weight = self.voxel_weight.to(prediction.device) * mask
         squared = (prediction.float() - target["image"].float()).square()

@@ -47,7 +47,11 @@ class TemporalR2(EngineMetric):
     Both signals are taken around their own mean over the clip, voxel by voxel, so that static anatomy, which
     dominates the squared error of globally z-scored BOLD, counts for nothing:
     `1 - sum((y - mean(y)) - (p - mean(p)))^2 / sum(y - mean(y))^2`. 1 is perfect, 0 is a flat prediction,
-    below 0 is worse than flat. Where a mask differs between frames, only its masked frames are summed.
+    below 0 is worse than flat.
+
+    Where a voxel is hidden at some frames only, the sums are over these, and `p` is the clip as one would use it: the
+    reconstruction at these frames, and what is seen at the others (there the network is not trained, and what it
+    gives must not count). 0 is then the mean of the frames that are seen, held flat; 1 is still perfect.
     """
 
     _state_dict_all_req_keys = ("_residual", "_total")
@@ -123,6 +127,8 @@ class RegionTemporalR2(EngineMetric):
 def _hidden_courses(prediction: Tensor, target: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Courses (V, T) around their mean of the voxels that are hidden at any frame: true, predicted, whether hidden.
 
+    Where they are not hidden, the true course stands in the predicted one.
+
     Returns:
         These three, and which voxels they are, bool (B, 1, X, Y, Z).
     """
@@ -130,8 +136,8 @@ def _hidden_courses(prediction: Tensor, target: dict) -> tuple[Tensor, Tensor, T
     if mask.ndim == prediction.ndim - 1:
         mask = mask.unsqueeze(-1).expand_as(prediction)
     voxels = mask.any(dim=-1)
-    y = _around_mean(target["image"][voxels])  # (B, 1, X, Y, Z, T) -> (V, T)
-    return y, _around_mean(prediction.detach()[voxels]), mask[voxels], voxels
+    y, p, hidden = target["image"][voxels], prediction.detach()[voxels], mask[voxels]  # (B, 1, X, Y, Z, T) -> (V, T)
+    return _around_mean(y), _around_mean(torch.where(hidden, p, y)), hidden, voxels
 
 
 def _around_mean(series: Tensor) -> Tensor:

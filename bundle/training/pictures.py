@@ -34,7 +34,7 @@ class ReconstructionImages:
 
 
 def reconstruction_panel(image: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-    """Three planes through the middle of the hidden voxels, at the middle frame.
+    """Three planes through the middle of the hidden voxels, at the frame nearest to the middle that hides any.
 
     Args:
         image: `(X, Y, Z, T)` z-scored BOLD on a RAS grid.
@@ -47,6 +47,8 @@ def reconstruction_panel(image: torch.Tensor, prediction: torch.Tensor, mask: to
         the axial row, anterior) is up and the subject's left is on the left.
     """
     frame = image.shape[-1] // 2
+    if mask.ndim == image.ndim and mask.any():
+        frame = min(mask.flatten(0, -2).any(0).nonzero().flatten().tolist(), key=lambda other: abs(other - frame))
     hidden = (mask[..., frame] if mask.ndim == image.ndim else mask).cpu().numpy()
     original = image[..., frame].float().cpu().numpy()
     rebuilt = prediction[..., frame].float().cpu().numpy()

@@ -10,9 +10,11 @@ from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
 from scripts.benchmarks.gpu import gpu
 from scripts.benchmarks.kernels import kernels
+from scripts.benchmarks.redundancy_effect import redundancy_effect
 from scripts.benchmarks.report import report
 from scripts.benchmarks.scaling import memory, scaling
 from scripts.benchmarks.table import table
+from scripts.benchmarks.ways import augmentation, redundancy
 
 
 def main() -> None:
@@ -29,6 +31,9 @@ def main() -> None:
         "background": background,
         "floor": floor,
         "kernels": kernels,
+        "augmentation": augmentation,
+        "redundancy": redundancy,
+        "redundancy_effect": redundancy_effect,
         "report": report,
     }
     # the table prints each line as soon as it is measured, the others all at the end

@@ -11,6 +11,7 @@ from scripts.benchmarks.gpu import gpu
 from scripts.benchmarks.kernels import kernels
 from scripts.benchmarks.scaling import memory, scaling
 from scripts.benchmarks.table import table
+from scripts.benchmarks.ways import augmentation, redundancy
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "table": table,
@@ -20,6 +21,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "floor": floor,
     "gpu": gpu,
     "kernels": kernels,
+    "augmentation": augmentation,
+    "redundancy": redundancy,
 }
 
 
@@ -30,8 +33,8 @@ def report(
     """Measure anew and replace sections of the page. At full size this takes about half an hour on two CPU cores.
 
     Args:
-        sections: one or several of table, memory, background, scaling, floor; kernels where triton is installed; gpu
-            where there is one.
+        sections: one or several of table, memory, background, scaling, floor, augmentation, redundancy; kernels where
+            triton is installed; gpu where there is one.
         page: Markdown with `<!-- benchmarks NAME -->` ... `<!-- end -->` around each section.
 
     Raises:

@@ -59,7 +59,7 @@ def test_overlay_draws_a_mask_and_validation_draws_a_fixed_one(name, item):
     assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("name", ["random_random", "random_tube", "window_random", "half", "equal"])
+@pytest.mark.parametrize("name", ["random_random", "random_tube", "window_random", "half", "equal", "region_blocks"])
 def test_training_draws_another_mask_each_time_and_begins_anew_in_each_epoch(name, item):
     parser = parsed(name)
     mask = parser.get_parsed_content("mask")
@@ -105,6 +105,16 @@ def test_half_of_a_region_lies_in_it_in_whole_labels(region, item):
     labels = labels_on(load_atlas(), grid.AFFINE, grid.SHAPE)
     for label in np.unique(labels[half.numpy()]):
         assert half.numpy()[labels == label].all()
+
+
+@pytest.mark.parametrize(("name", "block"), [("region_frames", 1), ("region_blocks", 5)])
+def test_regions_are_hidden_whole_at_half_of_the_frames(name, block, item):
+    mask, tube = drawn(name, item, ["cerebellum"]), drawn("region", item, ["cerebellum"])
+    hidden = mask.flatten(0, 2).any(0)
+    assert int(hidden.sum()) == 10
+    assert torch.equal(mask, tube[..., None] & hidden)
+    edges = hidden.int().diff(prepend=torch.zeros(1), append=torch.zeros(1)).nonzero()[:, 0]
+    assert ((edges[1::2] - edges[::2]) % block == 0).all()
 
 
 def test_published_baselines_hide_a_tenth_of_the_whole_grid(item):

@@ -1,6 +1,7 @@
 """Pure mask functions, against brute force and by their properties."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundle.errors import InputError
-from bundle.masking.draws import blob, part_of_labels, random_blocks, region_mask, to_voxels, token_grid, tokens_with
+from bundle.masking.draws import (
+    blob,
+    part_of_labels,
+    random_blocks,
+    region_mask,
+    some_frames,
+    to_voxels,
+    token_grid,
+    tokens_with,
+)
 
 OBLIQUE = np.array([[2.0, 0.4, 0, 5], [-0.4, 3, 0.1, 6], [0, 0.2, 2.5, 7], [0, 0, 0, 1]])
 seeds = st.integers(0, 2**32 - 1)
@@ -138,6 +148,34 @@ def test_every_block_is_drawn_equally_often():
 def test_blocks_that_cannot_be_are_refused(tokens, block, ratio, message):
     with pytest.raises(InputError, match=message):
         random_blocks(tokens, block, ratio, rng())
+
+
+@pytest.mark.parametrize(("frames", "share", "block", "count"), [(8, 0.5, 1, 4), (8, 0.75, 2, 3), (7, 0.5, 3, 1)])
+def test_every_placement_of_blocks_of_frames_is_drawn_equally_often(frames, share, block, count):
+    """Against a list of all ways to place the blocks without overlap; those with the same frames count together."""
+    placements = [
+        starts
+        for starts in itertools.combinations(range(frames - block + 1), count)
+        if all(later - earlier >= block for earlier, later in itertools.pairwise(starts))
+    ]
+    drawn = [some_frames(frames, share, block, rng(seed)) for seed in range(200 * len(placements))]
+    found = Counter(tuple(np.flatnonzero(hidden)) for hidden in drawn)
+    expected = Counter(tuple(start + step for start in starts for step in range(block)) for starts in placements)
+    assert found.keys() == expected.keys()
+    spread = [found[frames] / (200 * times) - 1 for frames, times in expected.items()]
+    assert np.abs(spread).max() < 0.35  # five standard deviations of a Poisson count of 200
+
+
+@pytest.mark.parametrize(("frames", "share", "block"), [(4, 1.0, 5), (20, 0.02, 1), (20, 0.1, 5)])
+def test_no_frames_at_all_are_refused(frames, share, block):
+    with pytest.raises(InputError, match=f"holds no block of {block} frames"):
+        some_frames(frames, share, block, rng())
+
+
+def test_a_share_of_one_is_all_frames():
+    assert some_frames(20, 1.0, 1, rng()).all()
+    assert some_frames(20, 1.0, 5, rng()).all()
+    assert some_frames(20, 1.0, 6, rng()).sum() == 18
 
 
 @settings(deadline=None, max_examples=30)

@@ -3,11 +3,13 @@
 Not covered: warps that no affine describes; MONAI keeps no record of them, and the module says not to use them.
 """
 
+import itertools
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import (
@@ -34,6 +36,7 @@ from bundle.masking.transforms import (
     EqualVolumeMaskd,
     RandomTokenMaskd,
     RegionAndTubesMaskd,
+    SomeFramesMaskd,
     WindowMaskd,
 )
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
@@ -164,6 +167,8 @@ KINDS = {
     "part of a region": (AAL3ROIMaskd("image", "limbic", 0.5, split_labels=True), TUBE),
     "region and tubes": (RegionAndTubesMaskd("image", ["limbic", "frontal"], 0.5), TUBE),
     "equal volume": (EqualVolumeMaskd("image", "limbic"), TUBE),
+    "region, random frames": (SomeFramesMaskd(AAL3ROIMaskd("image", "limbic"), 0.5), FRAMEWISE),
+    "region, a block of frames": (SomeFramesMaskd(AAL3ROIMaskd("image", "limbic"), 0.5, 4), FRAMEWISE),
     "random/random": (RandomTokenMaskd("image", 0.1), FRAMEWISE),
     "random/tube": (RandomTokenMaskd("image", 0.1, tube=True), TUBE),
     "window/random": (WindowMaskd("image", 0.5), FRAMEWISE),
@@ -250,6 +255,44 @@ def test_one_whole_region_is_hidden_and_tubes_fill_up_to_the_share_of_the_brains
     assert seen == {0, 1}
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31), share=st.floats(0.1, 1), block=st.integers(1, 6), frames=st.integers(6, 20),
+    last=st.booleans(),
+)  # fmt: skip
+def test_a_region_is_hidden_whole_at_the_drawn_frames_and_not_at_all_at_the_others(seed, share, block, frames, last):
+    assume(round(share * frames / block) > 0)
+    item = small_item(frames=frames, last=last)
+    region = AAL3ROIMaskd("image", "limbic", seed=seed)
+    mask = SomeFramesMaskd(region, share, block)(item)["mask"][0].as_tensor()
+    tube = region(item)["mask"][0].as_tensor()
+    shown = ~mask.flatten(0, 2).any(0)  # (T,)
+    assert torch.equal(mask, tube[..., None] & ~shown)
+    assert int((~shown).sum()) == min(round(share * frames / block), frames // block) * block
+    runs = [len(list(run)) for hidden, run in itertools.groupby((~shown).tolist()) if hidden]
+    assert all(length % block == 0 for length in runs)  # two blocks may touch
+
+
+def test_a_token_is_hidden_at_a_frame_when_any_of_its_voxels_is():
+    item = small_item(frames=8, last=True)
+    mask = SomeFramesMaskd(AAL3ROIMaskd("image", "limbic"), 0.5, 2)(item)["mask"]
+    network = MaskedAutoencoder(image_size=[24] * 3, frames=8, embed_dim=4, depths=[1, 1])
+    hidden = network.hidden_tokens(item["image"].as_tensor()[None], mask.as_tensor()[None])[0]
+    for place in itertools.product(range(4), range(4), range(4), range(8)):
+        x, y, z, t = place
+        voxels = mask[0, 6 * x : 6 * x + 6, 6 * y : 6 * y + 6, 6 * z : 6 * z + 6, t]
+        assert bool(hidden[place]) == bool(voxels.any())
+
+
+def test_the_voxels_hidden_at_some_frames_are_those_of_the_mask_inside():
+    """A fixed mask of part of a region hides the same part, whether at all frames or at some."""
+    for start in range(4):
+        part = AAL3ROIMaskd("image", "frontal", 0.5, fixed=True)
+        some = SomeFramesMaskd(AAL3ROIMaskd("image", "frontal", 0.5), 0.5).frozen()
+        item = small_item(start=start, frames=8)
+        assert torch.equal(some(item)["mask"].any(-1), part(item)["mask"])
+
+
 def test_random_masks_are_drawn_in_the_brain():
     item = labels_as_image()
     brain = torch.from_numpy(full_labels() > 0)
@@ -299,6 +342,7 @@ MAKERS = [
     lambda **k: AAL3ROIMaskd("image", "frontal", 0.5, **k),
     lambda **k: AAL3ROIMaskd("image", "frontal", 0.5, split_labels=True, **k),
     lambda **k: EqualVolumeMaskd("image", "limbic", **k),
+    lambda **k: SomeFramesMaskd(AAL3ROIMaskd("image", "frontal", 0.5, **k), 0.5, 2),
     lambda **k: RandomTokenMaskd("image", 0.1, **k),
     lambda **k: WindowMaskd("image", 0.5, **k),
 ]
@@ -346,6 +390,11 @@ def test_workers_draw_different_masks():
         (lambda: RandomTokenMaskd("image", -0.1), {}, "ratio must be"),
         (lambda: RandomTokenMaskd("image", where="head"), {}, "'brain' or 'grid'"),
         (lambda: AAL3ROIMaskd(["image", "brain"], "limbic"), {}, "one key"),
+        (lambda: SomeFramesMaskd(AAL3ROIMaskd("image", "limbic"), 0.0), {}, "share must be"),
+        (lambda: SomeFramesMaskd(AAL3ROIMaskd("image", "limbic"), 0.5, 0), {}, "block must be"),
+        (lambda: SomeFramesMaskd(AAL3ROIMaskd("image", "limbic"), 0.5, 9), {}, "no block of 9 frames"),
+        (lambda: SomeFramesMaskd(AAL3ROIMaskd("image", "limbic"), 0.1), {}, "no block of 1 frames"),
+        (lambda: SomeFramesMaskd(RandomTokenMaskd("image"), 0.5), {}, "other voxels at each frame"),
         (lambda: AAL3ROIMaskd("image", "limbic"), {"image": torch.zeros(4, 24, 24, 24)}, "MetaTensor"),
         (
             lambda: AAL3ROIMaskd("image", "limbic"),

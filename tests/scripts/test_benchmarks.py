@@ -29,9 +29,11 @@ from scripts.benchmarks.measure import (
     scan_with,
     seconds_text,
 )
+from scripts.benchmarks.redundancy_effect import redundancy_effect
 from scripts.benchmarks.report import SECTIONS, replace_section, report
 from scripts.benchmarks.scaling import draw, memory, slope
 from scripts.benchmarks.table import HEADER, table
+from scripts.benchmarks.ways import augmentation, ratio, redundancy
 
 
 def cells(text: str) -> list[list[str]]:
@@ -90,6 +92,22 @@ def test_memory_is_that_of_a_process_of_its_own():
 def test_skipping_the_background_is_compared_with_not_skipping():
     rows = cells(background(quick=True, steps=1))
     assert [float(value) for row in rows[2:5] for value in row[1:]]
+
+
+def test_ways_of_pretraining_are_timed_side_by_side():
+    for rows in (cells(augmentation(quick=True, repeats=1)), cells(redundancy(quick=True, repeats=1))):
+        assert all(float(row[-1].split(" (")[0]) > 0 for row in rows[2:])
+    found = ratio([Measurement((2.0, 6.0, 9.0), 0), Measurement((1.0, 2.0, 9.0), 0)])
+    assert found == "2.00 (1.50 to 2.50)"
+
+
+def test_what_redundancy_dropout_does_is_compared_on_the_same_clips(store: Path, monkeypatch: pytest.MonkeyPatch):
+    """At 4 mm whole regions are found by the affine; else none would be hidden, and there were no score."""
+    monkeypatch.setattr("scripts.benchmarks.redundancy_effect.REGIONS", {"limbic": ()})
+    rows = cells(redundancy_effect(str(store), rates=(0.0, 0.5), seeds=(0,), steps=1))[2:]
+    assert [row[:2] for row in rows] == [[rate, kind] for rate in ("0", "0.5") for kind in ("tubes", "regions")]
+    assert all(-100 < float(row[2]) <= 1 for row in rows)
+    assert [bool(row[4]) for row in rows] == [False, False, True, True]
 
 
 def test_products_are_counted_as_pytorch_counts_them():

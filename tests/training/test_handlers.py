@@ -45,6 +45,18 @@ def test_ranks_draw_different_masks(monkeypatch: pytest.MonkeyPatch, rank: int):
     assert not set(alone) & set(epochs(7, 2))
 
 
+def test_panel_shows_the_hidden_frame_nearest_to_the_middle():
+    image = torch.zeros(10, 6, 6, 10)
+    for frame in range(10):
+        image[frame, :, :, frame] = 1  # a bright sagittal plane tells the frame
+    mask = torch.zeros(10, 6, 6, 10, dtype=torch.bool)
+    for hidden, shown in (([0, 3, 8], 3), ([9], 9), ([], 5)):
+        mask[2:4, 2:4, 2:4] = False
+        mask[2:4, 2:4, 2:4, hidden] = True
+        axial = reconstruction_panel(image, image, mask)[12:, :10]  # the first of the last row's three planes
+        assert (axial.argmax(1) == shown).all()
+
+
 @pytest.mark.parametrize("per_frame", [False, True])
 def test_panel_shows_original_masked_and_rebuilt_planes_the_right_way_up(per_frame: bool):
     """A bright right-anterior-superior octant must be drawn right and up, and black where it is hidden."""

@@ -88,6 +88,39 @@ def test_temporal_r2_of_known_predictions():
     assert math.isnan(temporal_r2(image, torch.zeros(SHAPE), mask))
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), frames=st.integers(1, 5))
+def test_temporal_r2_at_some_frames_is_of_the_clip_with_these_rebuilt(seed, frames):
+    """1: perfect; 0: the mean of the seen frames, held flat. What the network gives at seen frames never counts."""
+    _, image, tube = draw(seed)
+    hidden = torch.zeros(SHAPE[-1], dtype=torch.bool)
+    hidden[torch.randperm(SHAPE[-1], generator=torch.Generator().manual_seed(seed))[:frames]] = True
+    mask = tube.unsqueeze(-1) & hidden
+    garbage = 1e3 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed + 1))
+    assert temporal_r2(torch.where(hidden, image, garbage), image, mask) == pytest.approx(1)
+    flat = image[..., ~hidden].mean(-1, keepdim=True).expand(SHAPE)
+    assert temporal_r2(torch.where(hidden, flat, garbage), image, mask) == pytest.approx(0, abs=1e-5)
+    prediction = flat + 0.3 * garbage / 1e3
+    completed = np.where(hidden.numpy(), prediction.numpy(), image.numpy()).astype(float)
+    y, p = (course - course.mean(-1, keepdims=True) for course in (image.numpy().astype(float), completed))
+    inside = mask.numpy()
+    expected = 1 - ((y - p)[inside] ** 2).sum() / (y[inside] ** 2).sum()
+    assert temporal_r2(prediction, image, mask) == pytest.approx(expected, rel=1e-5)
+
+
+def test_temporal_r2_of_regions_at_some_frames_is_that_of_masks_of_one_region_each():
+    labels = labels_on(load_atlas(), grid.AFFINE, grid.SHAPE)
+    image, prediction = torch.randn(2, 1, 1, *grid.SHAPE, 3, generator=torch.Generator().manual_seed(0))
+    frames = torch.tensor([False, True, True])
+    metric = RegionTemporalR2()
+    tubes = {name: torch.from_numpy(np.isin(labels, REGIONS[name]))[None, None] for name in ("limbic", "cerebellum")}
+    both = (tubes["limbic"] | tubes["cerebellum"]).unsqueeze(-1) & frames
+    metric.update((torch.where(frames, prediction, 1e3), {"image": image, "mask": both}))
+    for name, tube in tubes.items():
+        expected = temporal_r2(prediction, image, tube.unsqueeze(-1) & frames)
+        assert metric.compute()[f"val_temporal_r2_{name}"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_temporal_r2_of_regions_is_that_of_masks_of_one_region_each():
     """Against the overall metric, given only the hidden voxels of one region at a time."""
     labels = labels_on(load_atlas(), grid.AFFINE, grid.SHAPE)

@@ -21,7 +21,12 @@ from bundle.errors import InputError
 from bundle.training.provenance import CANNOT_SHAPE, Provenance, entries, parser_at_work, resolved_config
 
 MASKS = sorted(path.stem for path in (CONFIGS / "masks").glob("*.json"))
-VARIANTS = [("pretrain",), ("pretrain", "demo"), *(("pretrain", f"masks/{name}") for name in MASKS)]
+VARIANTS = [
+    ("pretrain",),
+    ("pretrain", "demo"),
+    ("pretrain", "augment"),
+    *(("pretrain", f"masks/{name}") for name in MASKS),
+]
 
 
 def merged(*names: str) -> dict[str, Any]:

@@ -12,15 +12,15 @@ from bundle.training.pictures import ReconstructionImages
 
 
 class EpochStats(StatsHandler):
-    """MONAI's, for epochs only; an error is not logged with its traceback, as the process ends in one sentence."""
+    """MONAI's, for epochs only; it leaves errors alone, which it would log with a traceback and raise by itself."""
 
     def __init__(self, tag_name: str) -> None:
-        super().__init__(tag_name=tag_name, iteration_log=False, output_transform=lambda output: None)
+        super().__init__(tag_name=tag_name, output_transform=lambda output: None)
 
     def attach(self, engine: Engine) -> None:
         """Register with an engine."""
-        super().attach(engine)
-        engine.remove_event_handler(self.exception_raised, Events.EXCEPTION_RAISED)
+        self.logger = engine.logger
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
 
 
 def training_reports(description: str, writer: SummaryWriter | None) -> list[Any]:

@@ -94,7 +94,7 @@ class KeepCheckpoints:
         self.objects["trainer"] = engine
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.EPOCH_STARTED, self.wait)  # no thread writes while workers are forked
-        engine.add_event_handler(Events.ITERATION_STARTED, self.enter_step)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.enter_step)  # then the iteration is counted
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.leave_step)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         engine.add_event_handler(Events.COMPLETED, self.finish)
@@ -200,6 +200,8 @@ class KeepCheckpoints:
 
     def rescue(self, engine: Trainer, error: BaseException) -> None:
         """Training ends early: where that is not in the middle of a step, nothing that was learnt is lost."""
+        with suppress(WriteError):  # the error that is on its way says more
+            self.wait()
         safe = not self._in_step and isinstance(error, Exception) and not isinstance(error, WriteError)
         if safe and engine.state.iteration > self.saved_iteration:
             self._write(engine)
@@ -214,7 +216,7 @@ class KeepCheckpoints:
         self._signals.ignore()  # a second one must not end what the first one began
         self._require_finite(engine)
         if idist.get_rank() == 0:
-            with suppress(WriteError):  # of an older state
+            with suppress(WriteError):  # of an older state; else this one says it again
                 self.wait()
             write_checkpoint(self._unvalidated or state_of(self.objects), self.folder / "last.pt")
             logger.info("Wrote last.pt to %s", self.folder)

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import re
 from datetime import timedelta
 
 import ignite.distributed as idist
@@ -43,9 +44,9 @@ def lost_process(error: BaseException) -> BaseException:
     text = str(error)
     if not isinstance(error, RuntimeError) or not ("gloo" in text or isinstance(error, torch.distributed.DistError)):
         return error
+    reason = re.sub(r"^\[.*?\] *", "", text.splitlines()[0]).split(". ")[0]  # without the place in gloo's own code
     lost = InputError(
-        f"another training process was lost ({text.splitlines()[0]}); see what it said last; the same command goes on "
-        "from last.pt"
+        f"another training process was lost ({reason}); see what it said last; the same command goes on from last.pt"
     )
     lost.__cause__ = error
     return lost

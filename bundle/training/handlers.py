@@ -53,23 +53,23 @@ class StepScalars:
 
     def __init__(self, writer: SummaryWriter) -> None:
         self.writer = writer
+        self.written = 0
 
     def attach(self, engine: Trainer) -> None:
         """Register with a trainer, whose steps are those of `WholeBatchStep`."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: self.write(readable(engine)))
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.complete)
-
-    def complete(self, engine: Trainer) -> None:
-        """Write those of the epoch's last step, where they were not known yet."""
-        figures = getattr(engine.state, "figures", [])  # none where only the validation of an epoch was left to do
-        self.write([last for last in figures[-1:] if last not in readable(engine)])
+        engine.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda engine: self.write(getattr(engine.state, "figures", []))
+        )
 
     def write(self, known: list[Figures]) -> None:
-        """Write the figures of steps."""
+        """Write the figures of steps, each once; an epoch of which only the validation was left to do has none."""
         for figures in known:
-            loss, norm, *_ = figures.read()
-            self.writer.add_scalar("iteration_loss", loss, figures.iteration)
-            self.writer.add_scalar("gradient_norm", norm, figures.iteration)
+            if figures.iteration > self.written:
+                loss, norm, *_ = figures.read()
+                self.writer.add_scalar("iteration_loss", loss, figures.iteration)
+                self.writer.add_scalar("gradient_norm", norm, figures.iteration)
+                self.written = figures.iteration
 
 
 class DataWaiting:

@@ -1,17 +1,18 @@
 """Every ready-made masking strategy parses on top of pretrain.json and draws the mask that its name says."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.transforms import Compose
 from tiny_configs import ROOT
 
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import REGIONS, labels_on, load_atlas
+from bundle.data.batches import reseed
 from bundle.experiments.sweep import read_sweep, strategies
 
 OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "masks").glob("*.json"))
@@ -56,19 +57,16 @@ def test_overlay_draws_a_mask_and_validation_draws_a_fixed_one(name, item):
 
 
 @pytest.mark.parametrize("name", ["random_random", "random_tube", "window_random", "half", "equal"])
-def test_training_draws_another_mask_each_time_and_begins_anew_in_each_epoch(name, item):
-    parser = parsed(name)
-    mask = parser.get_parsed_content("mask")
-    targets = [handler["_target_"] for handler in parser["train#handlers"]]
-    reseed = parser.get_parsed_content(f"train#handlers#{targets.index('bundle.training.handlers.ReseedEachEpoch')}")
+def test_training_draws_another_mask_each_time_and_the_same_from_the_same_seed(name, item):
+    mask = parsed(name).get_parsed_content("mask")
 
-    def epoch(number: int) -> list[bytes]:
-        reseed(SimpleNamespace(state=SimpleNamespace(epoch=number, dataloader=None)))
-        return [mask(item)["mask"].numpy().tobytes() for _ in range(4)]
+    def drawn(seed: int) -> bytes:
+        reseed(Compose([mask]), seed)
+        return mask(item)["mask"].numpy().tobytes()
 
-    first, second = epoch(1), epoch(2)
-    assert len(set(first + second)) > 4
-    assert epoch(1) == first
+    first, again = [drawn(seed) for seed in range(8)], [drawn(seed) for seed in range(8)]
+    assert len(set(first)) > 4
+    assert again == first
 
 
 def test_the_paper_s_strategies_are_all_in_its_sweep():

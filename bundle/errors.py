@@ -1,7 +1,11 @@
 """The one exception that means "your input, not our bug"."""
 
+import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_RAISED = re.compile(r"^bundle\.\w+\.(?:InputError|WriteError): (.+)$", re.MULTILINE)
 
 
 class InputError(ValueError):
@@ -13,10 +17,19 @@ class InputError(ValueError):
 
 
 def input_error_in(error: BaseException | None) -> InputError | None:
-    """The `InputError` that an error is, or was raised from; None if there is none."""
-    while error is not None and not isinstance(error, InputError):
+    """The `InputError` that an error is, or was raised from; None if there is none.
+
+    A loader's worker hands on no more than text, from which the sentence is taken. A full disk makes one, too.
+    """
+    while error is not None:
+        if "Original Traceback" in str(error) and (said := _RAISED.search(str(error))):
+            return InputError(said[1])
+        if isinstance(error, InputError):
+            return error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return InputError(f"{error.filename or 'a file'} cannot be written ({error.strerror}); free space")
         error = error.__cause__
-    return error
+    return None
 
 
 @contextmanager

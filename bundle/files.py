@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bundle.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 """Where this bundle lies: the folder that holds `configs/`."""
@@ -122,6 +125,15 @@ def unfinished_beside(target: Path) -> Iterator[Path]:
     except BaseException:
         remove_path(path)
         raise
+
+
+def clean_unfinished(folder: Path) -> None:
+    """Remove what killed processes of this machine left in a folder; other machines' and live processes' stays."""
+    for path in folder.glob(f"{UNFINISHED}@*"):
+        _, host, pid, _ = path.name.split("@")
+        if host == host_name() and not is_alive(int(pid)):
+            logger.info("removing %s, left by a process that ended early", path)
+            remove_path(path)
 
 
 def remove_path(path: Path) -> None:

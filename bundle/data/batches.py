@@ -1,16 +1,19 @@
 """From a prepared store and a split file to batches on the device."""
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import ignite.distributed as idist
 import numpy as np
 import torch
-from monai.data import DataLoader, Dataset, DistributedSampler
+from monai.data import Dataset, DistributedSampler
 from monai.data.utils import set_rnd
 from monai.transforms import Compose
 from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 
 from bundle.data.clips import clips_of
 from bundle.errors import InputError
@@ -18,6 +21,9 @@ from bundle.errors import InputError
 logger = logging.getLogger(__name__)
 
 Batch: TypeAlias = tuple[Tensor, dict, tuple, dict]  # network input, target, further arguments and keywords
+
+WORKER_GRACE_S = 30
+"""How long a worker reads on after SIGTERM, which Slurm sends to every process of a job at once."""
 
 
 def keep_items(items: list[dict]) -> list[dict]:
@@ -32,34 +38,141 @@ def keep_items(items: list[dict]) -> list[dict]:
 
 
 def loader(
-    dataset: Dataset, batch_size: int, shuffle: bool, num_workers: int = 0, pin_memory: bool = False
+    dataset: Dataset,
+    batch_size: int,
+    shuffle: bool,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    seed: int = 0,
+    parts: int = 1,
 ) -> DataLoader:
     """Loader of a dataset's items, uncollated; of several processes each gets its share.
 
     Args:
         dataset: of clips.
-        batch_size: items of a batch, per process.
-        shuffle: for training: in random order, and the shares are made equally long by repeating items. Else every
-            item comes once, in order.
-        num_workers: processes that read.
+        batch_size: at most so many items in a batch of all processes together.
+        shuffle: for training: batches as `EvenBatches` makes them, items as `DrawnItems` draws them. Else every item
+            comes once, in order.
+        num_workers: processes that read; no result depends on their number.
         pin_memory: for the way to a GPU.
+        seed: of the order and of the items' draws.
+        parts: a process computes its share of a training batch in so many parts; without `shuffle` the batches of a
+            process are as large as one of these.
     """
-    sampler = None
-    if idist.get_world_size() > 1:
-        sampler = DistributedSampler(dataset, even_divisible=shuffle, shuffle=shuffle)
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle and sampler is None,
-        sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=keep_items,
-    )
+    common: dict[str, Any] = {
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "collate_fn": keep_items,
+        "worker_init_fn": _outlive_sigterm,
+    }
+    world = idist.get_world_size()
+    if shuffle:
+        batches = EvenBatches(len(dataset), batch_size, seed, idist.get_rank(), world)
+        return DataLoader(DrawnItems(dataset), batch_sampler=batches, **common)
+    sampler = DistributedSampler(dataset, even_divisible=False, shuffle=False) if world > 1 else None
+    return DataLoader(dataset, batch_size=math.ceil(batch_size / (world * parts)), sampler=sampler, **common)
+
+
+class Place(NamedTuple):
+    """Which item of a dataset (`number`), and the seed of all that is drawn for it in one epoch (`draw`)."""
+
+    number: int
+    draw: int
+
+
+class EvenBatches(Sampler[list[Place]]):
+    """Batches of an epoch, of which one process gets its share, from any batch on.
+
+    Order and seeds are functions of (seed, epoch, item) alone, never of what was drawn before. So a training that is
+    resumed in the middle of an epoch goes on with the batches that are left, without reading the others, and several
+    processes share the very batches that one would have. The batches of an epoch differ by one item at most: there is
+    no small last one, which would leave processes without an item.
+
+    Args:
+        items: how many there are.
+        batch_size: at most so many are in a batch.
+        seed: of the training.
+        rank: which process this is.
+        world: how many processes share each batch.
+
+    Raises:
+        InputError: some batch has fewer items than there are processes.
+    """
+
+    def __init__(self, items: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.items = items
+        self.count = math.ceil(items / batch_size)
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = self.first = 0
+        if items and items // self.count < world:
+            raise InputError(
+                f"{items} clips in batches of at most {batch_size} leave some of {world} processes without a clip; "
+                "raise batch_size, or start fewer processes"
+            )
+
+    def begin(self, epoch: int, first: int) -> None:
+        """Give, from now on, the batches of an epoch from number `first` (0, ...) on."""
+        self.epoch, self.first = epoch, first
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self.count
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        """This process's share of each batch that is left."""
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.items)
+        for batch in np.array_split(order, self.count)[self.first :]:
+            share = batch[self.rank :: self.world].tolist()
+            yield [Place(number, seed_of(self.seed, self.epoch, number)) for number in share]
+
+
+class DrawnItems(torch.utils.data.Dataset):
+    """Items of a dataset whose random transforms are seeded for each `Place`; the seed stays in the item as `draw`.
+
+    This is how everything random in training becomes a function of (seed, epoch, item): the transforms of the dataset
+    here, in whatever process reads, and those of `PrepareBatch` there. Any `monai.transforms.Randomizable` takes part,
+    alone or in a `Compose`; it draws from its own generator `R`, or from torch's global one.
+
+    Args:
+        dataset: with its `transform`.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """How many items there are."""
+        return len(self.dataset)
+
+    def __getitem__(self, place: Place) -> dict[str, Any]:
+        """Draw an item."""
+        reseed(self.dataset.transform, place.draw)
+        return {**self.dataset[place.number], "draw": place.draw}
+
+
+def seed_of(*place: int) -> int:
+    """A seed (32 bits) for a place in training, such as (seed, epoch, item); numbers of 0 or more."""
+    return int(np.random.SeedSequence(place).generate_state(1)[0])
+
+
+def reseed(transform: object, seed: int) -> None:
+    """Seed torch's global generator, and those of a transform or of all transforms of a `Compose`."""
+    torch.manual_seed(seed)
+    set_rnd(transform, seed)
+
+
+def _outlive_sigterm(_worker: int) -> None:
+    """Read on for a while after SIGTERM, so that the trainer, which gets it too, can end its iteration."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
 
 
 class PrepareBatch:
     """Trainer's `prepare_batch`: run transforms on every item on the device, then stack.
+
+    Before an item of a training (`DrawnItems`) the random ones among them are seeded from its `draw`.
 
     The loader's workers read half-precision brain voxels only; dense frames, augmentation and masks are made
     here, on the device. The network receives the mask as its second input where there is one.
@@ -108,6 +221,7 @@ class PrepareBatch:
         assert self.encode is not None
         clips = [clip for item in items for clip in clips_of(item)]
         for clip in clips:
+            clip.pop("draw", None)  # nothing here is random, also not whether features are remembered
             key = clip["run_id"], clip["start"]
             if key not in self._features:
                 image, *_ = self._images([clip], device, non_blocking)
@@ -123,15 +237,7 @@ class PrepareBatch:
         return features, target, counts, {}
 
     def _images(self, items: list[dict], device: torch.device | str | None, non_blocking: bool) -> Batch:
-        items = [
-            self.transform(
-                {
-                    key: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-                    for key, value in item.items()
-                }
-            )
-            for item in items
-        ]
+        items = [self._image(item, device, non_blocking) for item in items]
         image = torch.stack([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])
         target: dict = {"image": image[:, -1:], "participant_id": [item["participant_id"] for item in items]}
         if "label" in items[0]:
@@ -142,9 +248,12 @@ class PrepareBatch:
         target["affine"] = torch.stack([torch.as_tensor(item["mask"].affine).as_subclass(Tensor) for item in items])
         return image, target, (target["mask"],), {}
 
-
-def reseed(transforms: Sequence[object], seed: int) -> None:
-    """Seed torch and the generators of all random transforms, so that an epoch can be drawn again."""
-    torch.manual_seed(seed)
-    for transform in transforms:
-        set_rnd(transform, seed)
+    def _image(self, item: dict, device: torch.device | str | None, non_blocking: bool) -> dict:
+        if "draw" in item:
+            reseed(self.transform, seed_of(item["draw"], 1))  # other numbers than the loader's transforms drew
+        return self.transform(
+            {
+                key: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+                for key, value in item.items()
+            }
+        )

@@ -19,6 +19,7 @@ from scipy.signal import detrend
 from torch import Tensor, nn
 
 from bundle.anatomy import grid
+from bundle.anatomy.atlas import AAL3
 from bundle.data.normalisation import Normalisation
 from bundle.data.transforms import ScatterClipd, TimeLastd
 from bundle.errors import InputError
@@ -185,7 +186,7 @@ def correlation_of_labels(features: Tensor) -> Tensor:
 
 
 def suite_model(
-    mask: nib.Nifti1Image, checkpoint: str | None = None, atlas: str | None = None
+    mask: nib.Nifti1Image, checkpoint: str | None = None, atlas: str = AAL3
 ) -> tuple[SampleTransform, RunEmbedder]:
     """The suite's transform and wrapper of an encoder of ours.
 
@@ -193,7 +194,7 @@ def suite_model(
         mask: the suite's brain mask.
         checkpoint: best.pt of a pretraining or a training, or of `python -m scripts convert`; None: the environment
             variable `CHECKPOINT` names it.
-        atlas: label image of the regions that "cls" reads; None: AAL3v1, 1 mm.
+        atlas: of the regions that "cls" reads; see `bundle.anatomy.atlas.load_atlas`.
 
     Raises:
         InputError: no checkpoint is named, it cannot be used, or its readout was fitted to another atlas.

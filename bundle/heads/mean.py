@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bundle.errors import InputError
 from bundle.heads.on_encoder import OnEncoder
@@ -45,9 +44,4 @@ class Classifier(OnEncoder):
         if counts is not None:
             raise InputError("this readout scores single clips; set whole_runs false, or give one of configs/readouts")
         features = image if image.ndim == 2 else self.features(image)
-        if len(features) == 1:  # one clip alone has no spread to learn
-            norm = self.norm
-            features = functional.batch_norm(features, norm.running_mean, norm.running_var, eps=norm.eps)
-        else:
-            features = self.norm(features)
-        return self.head(features)
+        return self.head(self.norm(features))

@@ -4,6 +4,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from bundle.heads.batch_norm import WholeBatchNorm
 from bundle.networks.swin_mamba import SwinMambaEncoder
 
 
@@ -25,7 +26,7 @@ class OnEncoder(nn.Module):
         self.encoder = SwinMambaEncoder(**encoder)
         # features of a frozen encoder do not drift, so all batches count alike in the mean and variance (momentum None)
         momentum = None if freeze else 0.1
-        self.norm = nn.BatchNorm1d(self.encoder.channels, eps=1e-8, affine=False, momentum=momentum)
+        self.norm = WholeBatchNorm(self.encoder.channels, eps=1e-8, affine=False, momentum=momentum)
         if freeze:
             self.encoder.requires_grad_(False).eval()
 

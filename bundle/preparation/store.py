@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle import files
 from bundle.errors import InputError
-from bundle.files import UNFINISHED, host_name, is_alive, remove_path, unfinished_beside, write_text
+from bundle.files import remove_path, unfinished_beside, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -213,16 +214,15 @@ def is_intact(store: str | Path, record: dict) -> bool:
 
 def clean_unfinished(store: str | Path) -> None:
     """Remove what killed processes of this machine left behind; other machines' and live processes' stay."""
-    for path in [*Path(store).glob(f"{UNFINISHED}@*"), *(Path(store) / "runs").glob(f"{UNFINISHED}@*")]:
-        _, host, pid, _ = path.name.split("@")
-        if host == host_name() and not is_alive(int(pid)):
-            logger.info("removing %s, left by a process that ended early", path)
-            remove_path(path)
+    for folder in (Path(store), Path(store) / "runs"):
+        files.clean_unfinished(folder)
 
 
 def _folder(store: str | Path, run_id: str) -> Path:
     folder = Path(store) / "runs" / run_id
     if not folder.is_dir():
+        if not Path(store).is_dir():
+            raise InputError(f"{store} is not there, or not any more; check the path, and that its disk is mounted")
         raise InputError(f"{store} holds no run {run_id}; prepare it, or check the name")
     return folder
 

@@ -2,11 +2,18 @@
 
 import atexit
 import gc
+import re
+from datetime import timedelta
 
 import ignite.distributed as idist
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+
+from bundle.errors import InputError
+
+FLUSH_S = 10
+"""TensorBoard's files lack at most so much of a process that is killed."""
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
@@ -15,9 +22,34 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     return idist.auto_model(network) if idist.get_world_size() > 1 else network
 
 
-def summary_writer(folder: str) -> SummaryWriter:
-    """TensorBoard writer of this process; those beside the first have folders of their own, `<folder>1` ..."""
-    return SummaryWriter(f"{folder}{idist.get_rank() or ''}")
+def summary_writer(folder: str) -> SummaryWriter | None:
+    """TensorBoard writer of the first process; the others write nothing."""
+    return SummaryWriter(folder, flush_secs=FLUSH_S) if idist.get_rank() == 0 else None
+
+
+def join_group(patience_s: float) -> None:
+    """Join the group of training processes, as `torchrun` names them: with NCCL on CUDA, else gloo.
+
+    Args:
+        patience_s: a process that does not answer for so long is lost, and all others end; they end at once where the
+            system says that it is gone. It must be longer than any process ever waits for another: for one that reads
+            from a slow disk, or writes a checkpoint.
+    """
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    idist.initialize(backend, timeout=timedelta(seconds=patience_s))
+
+
+def lost_process(error: BaseException) -> BaseException:
+    """What an error says where it comes from another process that is gone or does not answer; else the error itself."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not ("gloo" in text or isinstance(error, torch.distributed.DistError)):
+        return error
+    reason = re.sub(r"^\[.*?\] *", "", text.splitlines()[0]).split(". ")[0]  # without the place in gloo's own code
+    lost = InputError(
+        f"another training process was lost ({reason}); see what it said last; the same command goes on from last.pt"
+    )
+    lost.__cause__ = error
+    return lost
 
 
 def leave_group() -> None:

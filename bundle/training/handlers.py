@@ -2,43 +2,74 @@
 
 import logging
 import time
-from collections.abc import Sequence
 
 import ignite.distributed as idist
-import numpy as np
-from ignite.engine import Engine, Events
-from torch.utils.data import DistributedSampler
+import torch
+from ignite.engine import Events
+from monai.engines import Trainer
+from torch.utils.tensorboard import SummaryWriter
 
-from bundle.data.batches import reseed
+from bundle.data.batches import seed_of
+from bundle.training.steps import Figures, readable
 
 logger = logging.getLogger(__name__)
 
 
-class ReseedEachEpoch:
-    """Seed all random transforms at the start of each epoch, differently per epoch and rank.
+class DrawByPlace:
+    """Make everything random a function of the seed and the place in training, never of what was drawn before.
 
-    A resumed training then draws the same clips and masks as one that was never interrupted.
+    At the start of an epoch, and where one is resumed in the middle, the loader's `EvenBatches` are told which batches
+    to give; order, and the seeds of all transforms, follow from that. At each iteration torch's global generator is
+    seeded, for whatever the network draws.
 
     Args:
-        transforms: the transforms of the loader's dataset and of the batch preparation.
-        seed: the training's seed.
+        seed: the training's seed; the loader has the same.
     """
 
-    def __init__(self, transforms: Sequence[object], seed: int) -> None:
-        self.transforms = list(transforms)
+    def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Trainer) -> None:
         """Register with a trainer."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.begin_epoch)
+        engine.add_event_handler(Events.ITERATION_STARTED, self.begin_iteration)
 
-    def __call__(self, engine: Engine) -> None:
-        """Reseed for the epoch that starts."""
-        entropy = np.random.SeedSequence([self.seed, engine.state.epoch, idist.get_rank()])
-        reseed(self.transforms, int(entropy.generate_state(1)[0]))
-        sampler = getattr(engine.state.dataloader, "sampler", None)
-        if isinstance(sampler, DistributedSampler):  # its own order depends on the epoch alone
-            sampler.set_epoch(engine.state.epoch)
+    def begin_epoch(self, engine: Trainer) -> None:
+        """Set the batches that are left of the epoch."""
+        first = engine.state.iteration % engine.state.epoch_length
+        engine.state.dataloader.batch_sampler.begin(engine.state.epoch, first)
+
+    def begin_iteration(self, engine: Trainer) -> None:
+        """Seed torch, differently in each process."""
+        torch.manual_seed(seed_of(self.seed, engine.state.iteration, idist.get_rank()))
+
+
+class StepScalars:
+    """Write the loss and the norm of the gradient of each step to TensorBoard, without waiting for the device.
+
+    Args:
+        writer: TensorBoard writer.
+    """
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self.writer = writer
+        self.written = 0
+
+    def attach(self, engine: Trainer) -> None:
+        """Register with a trainer, whose steps are those of `WholeBatchStep`."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: self.write(readable(engine)))
+        engine.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda engine: self.write(getattr(engine.state, "figures", []))
+        )
+
+    def write(self, known: list[Figures]) -> None:
+        """Write the figures of steps, each once; an epoch of which only the validation was left to do has none."""
+        for figures in known:
+            if figures.iteration > self.written:
+                loss, norm, *_ = figures.read()
+                self.writer.add_scalar("iteration_loss", loss, figures.iteration)
+                self.writer.add_scalar("gradient_norm", norm, figures.iteration)
+                self.written = figures.iteration
 
 
 class DataWaiting:
@@ -48,8 +79,9 @@ class DataWaiting:
     epoch, which would be counted as training time.
     """
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Trainer) -> None:
         """Register with a trainer."""
+        engine.add_event_handler(Events.STARTED, self.start_epoch)  # of an epoch its validation alone may be left
         engine.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self.start_waiting)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.stop_waiting)
@@ -68,7 +100,7 @@ class DataWaiting:
         """The trainer has its batch."""
         self.waited += time.perf_counter() - self.wait_start
 
-    def report(self, engine: Engine) -> None:
+    def report(self, engine: Trainer) -> None:
         """Log the epoch's figures, and keep the share in `share`."""
         seconds = time.perf_counter() - self.epoch_start
         self.share = self.waited / seconds

@@ -44,6 +44,11 @@ class MaskedMSELoss(nn.Module):
         """Return the scalar loss of `prediction` `(B, 1, X, Y, Z, T)`."""
         return masked_mse(prediction, target["image"], target["mask"])
 
+    def denominator(self, target: dict[str, Tensor]) -> Tensor:
+        """What the loss is a mean over: the number of masked voxels, times the frames they are masked in."""
+        image, mask = target["image"], target["mask"]
+        return mask.sum() * (1 if mask.ndim == image.ndim else image.shape[-1])
+
 
 class RegionWeightedMSELoss(nn.Module):
     """Mean squared error over masked voxels, each weighted by its region.
@@ -83,7 +88,14 @@ class RegionWeightedMSELoss(nn.Module):
                 "loss: the regions' weights lie on the fixed grid, but augmentation has moved a clip; set "
                 "augment#rotate, augment#translate and augment#scale to 0, or take a loss without weights"
             )
-        mask = target["mask"] if target["mask"].ndim == prediction.ndim else target["mask"].unsqueeze(-1)
-        weight = self.voxel_weight.to(prediction.device) * mask
         squared = (prediction.float() - target["image"].float()).square()
-        return (weight * squared).sum() / weight.expand_as(squared).sum()
+        return (self._weight(target) * squared).sum() / self.denominator(target)
+
+    def denominator(self, target: dict[str, Tensor]) -> Tensor:
+        """What the loss is a mean over: the sum of the weights of masked voxels at the frames they are masked in."""
+        return self._weight(target).expand_as(target["image"]).sum()
+
+    def _weight(self, target: dict[str, Tensor]) -> Tensor:
+        """(B, 1, X, Y, Z, 1 or T), 0 where nothing is masked."""
+        mask = target["mask"] if target["mask"].ndim == target["image"].ndim else target["mask"].unsqueeze(-1)
+        return self.voxel_weight.to(mask.device) * mask

@@ -1,10 +1,12 @@
 """Ignite metrics: reconstruction of the hidden voxels, and subject-level classification scores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from ignite.engine import Engine
 from ignite.exceptions import NotComputableError
+from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from torch import Tensor
 
@@ -12,6 +14,45 @@ from bundle.anatomy.atlas import AAL3, ALL, load_atlas, region_choices
 from bundle.anatomy.parcels import region_index
 from bundle.data.engine_output import EngineMetric
 from bundle.training.losses import masked_squared_error
+
+
+class MeanLoss(Metric):
+    """Mean of the losses of an epoch's steps, which all processes know alike; nothing waits for the device before.
+
+    A checkpoint keeps it, so that an epoch that was resumed in the middle has the mean of a whole one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(output_transform=lambda output: output["loss"])
+
+    def started(self, engine: Engine) -> None:
+        """Begin with an epoch, unless it is resumed in the middle."""
+        if engine.state.iteration % (engine.state.epoch_length or 1) == 0:
+            self.reset()
+
+    def reset(self) -> None:
+        """Start a new epoch."""
+        self._sum: torch.Tensor | float = 0.0
+        self._steps = 0
+
+    def update(self, output: Tensor) -> None:
+        """Add a step's loss, a scalar."""
+        self._sum = self._sum + output.detach().double()
+        self._steps += 1
+
+    def compute(self) -> float:
+        """Return the mean of what was added since `reset`."""
+        if self._steps == 0:
+            raise NotComputableError("MeanLoss needs at least one step")
+        return float(self._sum) / self._steps
+
+    def state_dict(self) -> dict[str, float]:  # type: ignore[override]
+        """The sum and number of losses; Ignite's own would be asked of all processes at once."""
+        return {"sum": float(self._sum), "steps": self._steps}
+
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        """Restore what `state_dict` returned."""
+        self._sum, self._steps = state_dict["sum"], state_dict["steps"]
 
 
 class MaskedMSE(EngineMetric):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -26,11 +25,10 @@ class ReconstructionImages:
     def __call__(self, engine: Engine) -> None:
         """Draw the first clip of the epoch's last batch."""
         output: Any = engine.state.output
-        if idist.get_rank() == 0:
-            panel = reconstruction_panel(
-                output["label"]["image"][0, 0], output["pred"][0, 0], output["label"]["mask"][0, 0]
-            )
-            self.writer.add_image("original | masked | reconstructed", panel, engine.state.epoch, dataformats="HW")
+        panel = reconstruction_panel(
+            output["label"]["image"][0, 0], output["pred"][0, 0], output["label"]["mask"][0, 0]
+        )
+        self.writer.add_image("original | masked | reconstructed", panel, engine.state.epoch, dataformats="HW")
 
 
 def reconstruction_panel(image: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor) -> np.ndarray:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 from monai.bundle import ConfigParser
 from monai.bundle.reference_resolver import ReferenceResolver
 
@@ -36,6 +35,9 @@ CANNOT_SHAPE = {
     "device": "where it is computed; precision is an entry",
     "num_workers": "who reads",
     "checkpointing": "computes again what it does not keep",
+    "accumulate": "the same batch, in parts",
+    "checkpoint_minutes": "how often it is written",
+    "lost_process_seconds": "when to give up",
     "max_epochs": "how long",
     "early_stop_patience": "how long",
     "writer": "logs",
@@ -44,7 +46,7 @@ CANNOT_SHAPE = {
 }
 """Entries of the configs that cannot shape weights, and why."""
 
-TRAINING_ONLY = ("config#encoder_checkpoint", "config#initialize", "processes")
+TRAINING_ONLY = ("config#encoder_checkpoint", "config#initialize")
 """Facts that shape weights while they are trained, and say nothing of how a trained network is to be used."""
 
 
@@ -141,7 +143,7 @@ def training_provenance(
 
     Returns:
         `config` (see `resolved_config`), `preparation`, `brain_masks`, `data`, `splits`, `network`, `normalisation`,
-        `task`, `labels` and `processes` (the number of processes that share a training step).
+        `task` and `labels`. The number of processes that share a step is no fact: the step is the same.
     """
     manifest = read_manifest(store)
     return Provenance(
@@ -154,7 +156,6 @@ def training_provenance(
         normalisation=dict(normalisation),
         task=task and dict(task),
         labels=labels and _hash(dict(labels)),
-        processes=idist.get_world_size(),
     )
 
 

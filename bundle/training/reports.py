@@ -2,33 +2,52 @@
 
 from typing import Any
 
+from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.handlers import StatsHandler, TensorBoardStatsHandler
 from torch.utils.tensorboard import SummaryWriter
 
-from bundle.training.handlers import DataWaiting
+from bundle.training.handlers import DataWaiting, StepScalars
 from bundle.training.pictures import ReconstructionImages
 
 
-def training_reports(description: str, writer: SummaryWriter) -> list[Any]:
+class EpochStats(StatsHandler):
+    """MONAI's, for epochs only; it leaves errors alone, which it would log with a traceback and raise by itself."""
+
+    def __init__(self, tag_name: str) -> None:
+        super().__init__(tag_name=tag_name, output_transform=lambda output: None)
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an engine."""
+        self.logger = engine.logger
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+
+
+def training_reports(description: str, writer: SummaryWriter | None) -> list[Any]:
     """Handlers of a trainer: a bar, the share of waiting for data, epochs in the log, each step's loss in TensorBoard.
 
-    They come before the trainer's other handlers, so that validation does not count as waiting.
+    They come before the trainer's other handlers, so that validation does not count as waiting. Of several processes
+    the first one reports.
     """
+    if writer is None:
+        return []
     return [
         ProgressBar(desc=description),
         DataWaiting(),
-        StatsHandler(tag_name="train", iteration_log=False, output_transform=lambda output: None),
-        TensorBoardStatsHandler(
-            summary_writer=writer, tag_name="iteration_loss", output_transform=lambda output: output["loss"].item()
-        ),
+        EpochStats("train"),
+        StepScalars(writer),
+        epochs_to(writer),
     ]
 
 
-def validation_reports(writer: SummaryWriter, pictures: bool = False) -> list[Any]:
+def validation_reports(writer: SummaryWriter | None, pictures: bool = False) -> list[Any]:
     """Handlers of a validator: its metrics in the log and in TensorBoard, with pictures of reconstructions if asked."""
-    reports: list[Any] = [
-        StatsHandler(tag_name="val", iteration_log=False, output_transform=lambda output: None),
-        TensorBoardStatsHandler(summary_writer=writer, iteration_log=False, output_transform=lambda output: None),
-    ]
+    if writer is None:
+        return []
+    reports: list[Any] = [EpochStats("val"), epochs_to(writer)]
     return [*reports, ReconstructionImages(writer)] if pictures else reports
+
+
+def epochs_to(writer: SummaryWriter) -> TensorBoardStatsHandler:
+    """The metrics of each epoch to TensorBoard."""
+    return TensorBoardStatsHandler(summary_writer=writer, iteration_log=False, output_transform=lambda output: None)

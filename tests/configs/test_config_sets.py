@@ -114,10 +114,10 @@ OF_ITS_OWN = {
     "imports", "dataset_dir", "output_dir", "outputs", "batch_size", "network_def#_target_", "network_def#in_channels",
     "network",
     "optimizer#params", "loss#_target_", "inferer#precision", "dataloader", "train#dataset#transform",
-    "train#preprocessing#random", "train#reports#description", "train#handlers#0#transforms", "train#handlers#2#metric",
-    "train#handlers#2#lower_is_better", "train#trainer#prepare_batch", "validate#dataset#transform",
-    "validate#evaluator#_target_", "prepare_batch#transforms", "prepare_batch#encode", "run", "run#0#_target_", "run#1",
-    "scatter#normalisation",
+    "train#preprocessing#random", "train#reports#description", "train#handlers#2#objects#epoch_loss",
+    "train#handlers#2#metric", "train#handlers#2#lower_is_better", "train#trainer#prepare_batch",
+    "validate#dataset#transform", "validate#evaluator#_target_", "prepare_batch#transforms", "prepare_batch#encode",
+    "run", "run#0#_target_", "run#1", "scatter#normalisation",
 }  # fmt: skip
 """Entries of one name that are meant to differ between pretraining, classification and service."""
 

@@ -25,7 +25,7 @@ from bundle.deploy.release import release
 from bundle.errors import InputError
 from bundle.preparation.chain import load_preparation
 from bundle.preparation.store import read_manifest
-from bundle.training.checkpoints import load_checkpoint, saved_facts
+from bundle.training.checkpoints import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def classify(store: Path, folder: Path, *overlays: str, **overrides: object) -> 
 
 def test_pretraining_leaves_checkpoints_and_scalars_and_pictures(output: Path):
     saved = load_checkpoint(output / "pretrain" / "last.pt")
-    assert set(saved) == {"network", "optimizer", "trainer", "provenance", "best"}
+    assert set(saved) == {"network", "optimizer", "epoch_loss", "trainer", "provenance", "best"}
     assert (output / "pretrain" / "best.pt").is_file()
     events = EventAccumulator(str(output / "pretrain" / "tensorboard")).Reload()
     assert {"iteration_loss", "val_masked_mse", "val_temporal_r2"} <= set(events.Tags()["scalars"])
@@ -330,35 +330,47 @@ def test_an_option_that_no_config_knows_is_refused(form: str, tmp_path: Path):
         refuse_unknown_options([*given, "--mask_fracton", "0.5"])
 
 
-def two_processes(store: Path, folder: Path, overlay: dict) -> subprocess.CompletedProcess:
+def two_processes(store: Path, folder: Path, overlay: dict, **changes: object) -> subprocess.CompletedProcess:
     """Pretrain below a folder: `torchrun` with gloo on the CPU stands in for several GPUs."""
     (folder / "overlay.json").write_text(json.dumps(overlay))
     configs = [str(CONFIGS / "pretrain.json"), str(CONFIGS / "multi_gpu.json"), str(folder / "overlay.json")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "monai.bundle", "run", "pretrain", "--config_file", str(configs)]
     command += ["--bundle_root", str(ROOT), "--output_dir", str(folder / "two")]
-    for name, value in (TINY | {"batch_size": 1, "store": store}).items():
+    for name, value in (TINY | {"store": store} | changes).items():
         command += [f"--{name}", str(value)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests" / "helpers")}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def test_two_processes_train_one_network_and_validate_every_clip_once(store: Path, tmp_path: Path):
-    """They have left their group when they end: its threads, which Linux lists, could else abort one."""
+def test_two_processes_train_as_one_at_the_same_batch_size(store: Path, tmp_path: Path):
+    """And so does one in two parts: losses, metrics over all clips, and weights; the first process alone writes.
+
+    They have left their group when they end: its threads, which Linux lists, could else abort one.
+    """
+    settings = {"regions": ["limbic", "frontal"], "mask_fraction": 0.5}  # hides other numbers of voxels in each clip
     overlay = {"store": None, "dataset_dir": "@store", "+initialize": [{"_target_": "threads_at_end.list_threads"}]}
-    done = two_processes(store, tmp_path, overlay)
+    done = two_processes(store, tmp_path, overlay, **settings)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("at the end") == 2
     assert "gloo" not in done.stdout
-    saved = load_checkpoint(tmp_path / "two" / "last.pt")
-    assert saved["trainer"]["epoch_length"] == 4  # 8 clips of the train set in two processes
-    assert saved_facts(saved, "last.pt")["processes"] == 2
-    alone = workflow("pretrain", dataset_dir=str(store), output_dir=str(tmp_path / "alone"))
-    alone.initialize()
-    alone.network_def.load_state_dict(saved["network"])
-    evaluator = alone.parser.get_parsed_content("validate#evaluator")
-    evaluator.run()
-    assert evaluator.state.metrics["val_masked_mse"] == pytest.approx(-saved["best"]["metric"], rel=1e-6)
+    found = sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert found == ["best.pt", "last.pt", "tensorboard"]
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
+    run("pretrain", dataset_dir=str(store), output_dir=str(tmp_path / "one"), **settings)
+    run("pretrain", dataset_dir=str(store), output_dir=str(tmp_path / "parts"), accumulate=2, **settings)
+    names = ("one", "two", "parts")
+    one, *others = (load_checkpoint(tmp_path / name / "last.pt") for name in names)
+    curves, *more = (EventAccumulator(str(tmp_path / name / "tensorboard")).Reload() for name in names)
+    for other, scalars in zip(others, more, strict=True):
+        assert other["trainer"] == one["trainer"]
+        for name, tensor in one["network"].items():
+            torch.testing.assert_close(other["network"][name], tensor, rtol=0, atol=1e-6)
+        assert scalars.Tags()["scalars"] == curves.Tags()["scalars"]
+        for tag in curves.Tags()["scalars"]:
+            ours, theirs = ([(s.step, s.value) for s in which.Scalars(tag)] for which in (curves, scalars))
+            assert [step for step, _ in theirs] == [step for step, _ in ours]
+            assert [value for _, value in theirs] == pytest.approx([value for _, value in ours], rel=1e-5), tag
 
 
 def test_an_error_in_one_of_two_processes_is_said_in_one_sentence_and_ends_both(store: Path, tmp_path: Path):

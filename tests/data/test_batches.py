@@ -1,13 +1,17 @@
 """From store and split file to batches."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.data import Dataset
 
-from bundle.data.batches import PrepareBatch, keep_items, reseed
+from bundle.data.batches import EvenBatches, PrepareBatch, keep_items, loader
 from bundle.data.clips import split_clips
 from bundle.data.normalisation import Normalisation
 from bundle.data.splits import _hash, make_splits, save_splits
@@ -146,19 +150,81 @@ def test_the_mask_is_target_and_second_network_input(store: Path, mask: object, 
     assert argument.shape == shape
 
 
-def test_reseeding_repeats_an_epoch_and_another_seed_does_not(store: Path):
-    mask, read = RandomTokenMaskd("image"), ReadClipd(store, frames=4, random=True)
-    item = split_clips(store, store / "splits.json", "train", frames=4)[0]
+@settings(max_examples=60)
+@given(items=st.integers(1, 60), size=st.integers(1, 30), world=st.integers(1, 4), epoch=st.integers(0, 5))
+def test_processes_share_the_batches_of_one_and_every_item_comes_once(items: int, size: int, world: int, epoch: int):
+    alone = EvenBatches(items, size, seed=3)
+    alone.begin(epoch, 0)
+    batches = list(alone)
+    assert sorted(place.number for batch in batches for place in batch) == list(range(items))
+    assert len(batches) == len(alone) == math.ceil(items / size)
+    sizes = [len(batch) for batch in batches]
+    assert max(sizes) <= size
+    assert max(sizes) - min(sizes) <= 1
+    if min(sizes) < world:
+        with pytest.raises(InputError, match="without a clip"):
+            EvenBatches(items, size, seed=3, rank=0, world=world)
+        return
+    shares = []
+    for rank in range(world):
+        share = EvenBatches(items, size, seed=3, rank=rank, world=world)
+        share.begin(epoch, 0)
+        shares.append(list(share))
+    for number, batch in enumerate(batches):
+        assert sorted(place for share in shares for place in share[number]) == sorted(batch)
+        assert all(share[number] for share in shares)
 
-    def draws(seed: int) -> tuple[list[int], torch.Tensor]:
-        reseed([read, mask], seed)
-        return [read(item)["start"] for _ in range(8)], mask(ScatterClipd(RUN)(read(item)))["mask"]
 
-    first, again, other = draws(1), draws(1), draws(2)
-    assert first[0] == again[0]
-    assert torch.equal(first[1], again[1])
-    assert first[0] != other[0]
-    assert not torch.equal(first[1], other[1])
+def test_an_epoch_goes_on_from_any_batch_and_differs_from_others():
+    def given(seed: int, epoch: int, first: int = 0) -> list:
+        batches = EvenBatches(20, 6, seed)
+        batches.begin(epoch, first)
+        return list(batches)
+
+    assert [given(1, 2, first) for first in range(5)] == [given(1, 2)[first:] for first in range(5)]
+    orders = [[place.number for batch in given(*which) for place in batch] for which in ((1, 1), (1, 2), (2, 1))]
+    assert len({tuple(order) for order in orders}) == 3
+    draws = [place.draw for which in ((1, 1), (1, 2), (2, 1)) for batch in given(*which) for place in batch]
+    assert len(set(draws)) == 60  # each item of each epoch of each seed draws anew
+
+
+def drawn(store: Path, first: int, **options: int) -> dict[tuple, tuple[int, bytes]]:
+    """Start and mask of each clip of epoch 2 of a training, from some batch on."""
+    items = split_clips(store, store / "splits.json", "train", frames=4)
+    feed = loader(Dataset(items, ReadClipd(store, frames=4, random=True)), 3, shuffle=True, seed=5, **options)
+    feed.batch_sampler.begin(2, first)
+    prepare = PrepareBatch([ScatterClipd(RUN), RandomTokenMaskd("image", tube=True), TimeLastd()])
+    found = {}
+    for batch in feed:
+        _, target, *_ = prepare(batch)
+        for item, mask in zip(batch, target["mask"], strict=True):
+            found[item["run_id"], item["draw"]] = item["start"], mask.numpy().tobytes()
+    return found
+
+
+def test_starts_and_masks_depend_on_seed_epoch_and_clip_alone(store: Path):
+    """Not on who reads, and not on what was drawn before."""
+    whole = drawn(store, 0)
+    assert len({start for start, _ in whole.values()}) > 2
+    assert len({mask for _, mask in whole.values()}) == len(whole) == 8
+    assert drawn(store, 0, num_workers=2) == whole
+    rest = drawn(store, 2)
+    assert rest.items() <= whole.items()
+    assert len(rest) == 2
+
+
+def test_features_that_are_remembered_leave_torch_s_generator_alone(store: Path):
+    """Else a head's dropout would depend on whether they were, as they are not after a training was resumed."""
+    item = split_clips(store, store / "splits.json", "train", frames=4)[0] | {"draw": 7}
+    prepare = PrepareBatch(
+        [ReadClipd(store, frames=4), ScatterClipd(RUN), TimeLastd()], lambda image: image.mean((2, 3, 4))
+    )
+    seen = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        prepare([item])
+        seen.append(float(torch.rand(())))
+    assert seen[0] == seen[1]
 
 
 def test_a_whole_run_is_the_features_of_its_clips_in_order(store: Path):

@@ -1,17 +1,24 @@
 """Checkpoints: atomic, refused under other settings, read without running code."""
 
+import errno
+import os
 import pickle
+import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from torch import nn
 
 from bundle.errors import InputError
+from bundle.files import host_name
 from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.training.checkpoints import (
     KeepCheckpoints,
+    checkpoint_bytes,
     load_checkpoint,
     load_encoder,
     load_network,
@@ -91,15 +98,125 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_no_partial_file(tmp_path: 
     pretrained(tmp_path / "last.pt")
     before = (tmp_path / "last.pt").read_bytes()
 
-    def full_disk(state: object, path: Path) -> None:
-        Path(path).write_bytes(b"half")
-        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+    write = Path.write_bytes
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(InputError, match="cannot be written"):
+    def full_disk(path: Path, content: bytes) -> None:
+        write(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(InputError, match=r"last.pt cannot be written \(No space left on device\)"):
         pretrained(tmp_path / "last.pt")
     assert (tmp_path / "last.pt").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_best_is_written_before_last_so_that_a_kill_between_them_loses_neither(tmp_path: Path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        "bundle.training.checkpoints.write_checkpoint", lambda state, path: written.append(Path(path).name)
+    )
+    trainer_with(tmp_path, [2.0, 1.0])[0].run([0], max_epochs=2)
+    assert written == ["best.pt", "last.pt", "best.pt", "last.pt"]
+
+
+def iterations(folder: Path, per_epoch: int, minutes: float = 0.0, **events: Callable) -> tuple[Engine, nn.Linear]:
+    """An engine that adds 1 to a weight in each iteration, with something done at some events, before the handler."""
+    network = nn.Linear(1, 1)
+    nn.init.zeros_(network.weight)
+    engine = Engine(lambda engine, _: network.weight.data.add_(1) and None)
+    for name, action in events.items():
+        engine.add_event_handler(Events[name], action)
+    keep = KeepCheckpoints(
+        folder, {"network": network}, Provenance(**FACTS), lambda: 1.0, lower_is_better=True, minutes=minutes
+    )
+    keep.attach(engine)
+    engine.state.epoch_length = per_epoch
+    return engine, network
+
+
+def weight(folder: Path, name: str = "last.pt") -> float:
+    return float(load_checkpoint(folder / name)["network"]["weight"])
+
+
+def stop(*_: object) -> None:
+    raise ValueError("no more")
+
+
+def test_a_checkpoint_follows_an_iteration_when_it_is_time(tmp_path: Path):
+    for minutes, found in ((0.0, 4.0), (60.0, 3.0)):
+        folder = tmp_path / str(minutes)
+        engine, _ = iterations(folder, 3, minutes, ITERATION_STARTED=lambda e: e.state.iteration == 5 and stop())
+        with pytest.raises(ValueError, match="no more"):
+            engine.run(range(3), max_epochs=4)
+        assert weight(folder) == found  # after iteration 4 of the second epoch, or after the first epoch only
+
+
+def test_an_error_between_two_iterations_loses_nothing_and_one_within_keeps_the_last_checkpoint(tmp_path: Path):
+    for event, found in (("GET_BATCH_STARTED", 4.0), ("ITERATION_STARTED", 3.0)):
+        folder = tmp_path / event
+        engine, _ = iterations(folder, 3, 60.0, **{event: lambda e: e.state.iteration >= 4 and stop()})
+        with pytest.raises(ValueError, match="no more"):
+            engine.run(range(3), max_epochs=4)
+        assert weight(folder) == found
+
+
+def test_an_epoch_whose_validation_failed_is_validated_when_it_is_resumed(tmp_path: Path):
+    engine, _ = iterations(tmp_path, 3, 60.0, EPOCH_COMPLETED=lambda e: e.state.epoch == 2 and stop())
+    with pytest.raises(ValueError, match="no more"):
+        engine.run(range(3), max_epochs=2)
+    assert weight(tmp_path) == 6
+    assert weight(tmp_path, "best.pt") == 3
+    validated = []
+    engine, network = iterations(tmp_path, 3, EPOCH_COMPLETED=lambda e: validated.append(e.state.epoch))
+    engine.run(range(3), max_epochs=2)
+    assert validated == [2]
+    assert float(network.weight) == 6
+    assert load_checkpoint(tmp_path / "last.pt")["best"] == {"metric": -1.0, "epoch": 1, "completed": 2}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_stops_after_the_iteration_with_a_status_of_its_own(tmp_path: Path, number: int, status: int):
+    before = signal.getsignal(number)
+    engine, network = iterations(
+        tmp_path, 3, 60.0, ITERATION_STARTED=lambda e: e.state.iteration == 5 and os.kill(os.getpid(), number)
+    )
+    with pytest.raises(SystemExit) as caught:
+        engine.run(range(3), max_epochs=4)
+    assert caught.value.code == status
+    assert signal.getsignal(number) is before
+    assert weight(tmp_path) == float(network.weight) == 5
+    engine, network = iterations(tmp_path, 3)
+    engine.run(range(3), max_epochs=4)
+    assert float(network.weight) == 12
+
+
+def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path: Path):
+    engine, network = iterations(tmp_path, 3)
+    engine.add_event_handler(
+        Events.ITERATION_STARTED, lambda e: e.state.iteration == 5 and network.weight.data.fill_(torch.nan)
+    )
+    with pytest.raises(InputError, match=r"weights of network are not finite in iteration 5"):
+        engine.run(range(3), max_epochs=2)
+    assert weight(tmp_path) == 4
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".unfinished@{host_name()}@{dead.pid}@abc.pt").write_bytes(b"half")
+    trainer_with(tmp_path, [1.0])[0].run([0], max_epochs=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_a_checkpoint_is_the_state_of_its_moment(tmp_path: Path):
+    """It may be written while the weights change."""
+    network = nn.Linear(1, 1)
+    content = checkpoint_bytes({"network": network.state_dict()})
+    before = network.weight.clone()
+    network.weight.data.add_(1)
+    (tmp_path / "x.pt").write_bytes(content)
+    assert torch.equal(load_checkpoint(tmp_path / "x.pt")["network"]["weight"], before)
 
 
 class Evil:

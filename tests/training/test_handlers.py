@@ -1,48 +1,66 @@
-"""Handlers: reseeding per epoch and rank, and the picture on TensorBoard."""
+"""Handlers: draws by place in training, each step's scalars, and the picture on TensorBoard."""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
+from monai.data import Dataset
 
-from bundle.training.handlers import ReseedEachEpoch
+from bundle.data.batches import loader
+from bundle.training.handlers import DrawByPlace, StepScalars
 from bundle.training.pictures import reconstruction_panel
 
 
-class Draws:
-    """A transform with MONAI's generator."""
-
-    def __init__(self) -> None:
-        self.R = np.random.RandomState()
-
-    def set_random_state(self, seed: int | None = None, state: object = None) -> "Draws":
-        self.R.seed(seed)
-        return self
-
-
-def epochs(seed: int, count: int, first: int = 0) -> list[tuple[float, float]]:
-    """What is drawn in each epoch of a run that starts, or is resumed, at epoch `first`."""
-    transform, seen = Draws(), []
-    engine = Engine(lambda *_: seen.append((float(transform.R.rand()), float(torch.rand(())))))
-    ReseedEachEpoch([transform], seed).attach(engine)
-    engine.load_state_dict({"epoch": first, "max_epochs": count, "epoch_length": 1}) if first else None
-    engine.run([0], max_epochs=count)
+def drawn(seed: int, epochs: int, first: int = 0) -> list[tuple[int, float]]:
+    """What comes and what torch draws in each iteration of a run that starts, or is resumed, after `first`."""
+    seen: list[tuple[int, float]] = []
+    engine = Engine(lambda _, batch: seen.append((batch[0]["number"], float(torch.rand(())))))
+    DrawByPlace(seed).attach(engine)
+    engine.load_state_dict({"iteration": first, "max_epochs": epochs, "epoch_length": 5}) if first else None
+    items = Dataset([{"number": number} for number in range(5)])
+    engine.run(loader(items, 1, shuffle=True, seed=seed), max_epochs=epochs)
     return seen
 
 
 def test_epochs_differ_seeds_differ_and_a_resumed_run_draws_the_same():
-    whole = epochs(7, 4)
-    assert len(set(whole)) == 4
-    assert epochs(7, 4) == whole
-    assert epochs(8, 4) != whole
-    assert epochs(7, 4, first=2) == whole[2:]
+    whole = drawn(7, 4)
+    assert sorted(number for number, _ in whole) == sorted(4 * list(range(5)))
+    assert len(set(whole)) == 20
+    assert whole[:5] != whole[5:10]
+    assert drawn(8, 4) != whole
+    for first in range(20):
+        assert drawn(7, 4, first) == whole[first:]
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-def test_ranks_draw_different_masks(monkeypatch: pytest.MonkeyPatch, rank: int):
-    alone = epochs(7, 2)
-    monkeypatch.setattr("bundle.training.handlers.idist.get_rank", lambda: rank)
-    assert not set(alone) & set(epochs(7, 2))
+def test_processes_draw_differently(monkeypatch: pytest.MonkeyPatch):
+    alone = drawn(7, 2)
+    monkeypatch.setattr("bundle.training.handlers.idist", SimpleNamespace(get_rank=lambda: 1))
+    assert not {value for _, value in alone} & {value for _, value in drawn(7, 2)}
+
+
+def figures(iteration: int, loss: float) -> SimpleNamespace:
+    """A step's figures that are in the making, as on CUDA."""
+    return SimpleNamespace(iteration=iteration, event=object(), read=lambda: [loss, 2 * loss, 0.0, 0.0])
+
+
+def test_each_step_s_loss_is_written_once_however_late_it_is_known():
+    """On CUDA it is read a step later; nothing waits for the device."""
+    writer, steps = Mock(), []
+
+    def step(engine: Engine, _: object) -> None:
+        steps.append(figures(engine.state.iteration, float(engine.state.iteration)))
+        engine.state.figures = steps[-2:]
+
+    engine = Engine(step)
+    StepScalars(writer).attach(engine)
+    engine.run(range(3), max_epochs=2)
+    written = [call.args for call in writer.add_scalar.call_args_list]
+    assert [call for call in written if call[0] == "iteration_loss"] == [
+        ("iteration_loss", float(i), i) for i in range(1, 7)
+    ]
 
 
 def test_panel_shows_the_hidden_frame_nearest_to_the_middle():

@@ -7,11 +7,12 @@ import nibabel as nib
 import templateflow.api as templateflow
 from brainmarks.models.registry import register_model
 
+from bundle.anatomy.atlas import AAL3
 from bundle.deploy.brainmarks import RunEmbedder, SampleTransform, suite_model
 
 
 @register_model
-def brain_fmri_roi_mae(checkpoint: str | None = None, atlas: str | None = None) -> tuple[SampleTransform, RunEmbedder]:
+def brain_fmri_roi_mae(checkpoint: str | None = None, atlas: str = AAL3) -> tuple[SampleTransform, RunEmbedder]:
     """Transform and wrapper, see `bundle.deploy.brainmarks.suite_model`."""
     mask = templateflow.get("MNI152NLin6Asym", desc="brain", resolution=2, suffix="mask", extension="nii.gz")
     return suite_model(nib.Nifti1Image.from_filename(mask), checkpoint, atlas)

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +10,13 @@ from nilearn.connectome import ConnectivityMeasure
 from numpy.typing import NDArray
 from scipy.signal import detrend
 from sklearn.covariance import LedoitWolf
-from torch import Tensor, nn
+from torch import Tensor
 
 from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.errors import InputError
 from bundle.heads.connectivity import ConnectivityModel
+from bundle.heads.fitted import FittedHead
 from bundle.heads.pooling import label_members, pool, token_shares
-from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.tasks.task import Task
 
 SUBTRACT = ("clip_mean", "training_mean", None)
@@ -24,7 +24,7 @@ FAINT = 1e-4
 """A component whose SD in a run is below this share of its SD in training is rounding noise, and counts as still."""
 
 
-class CovarianceReadout(nn.Module):
+class CovarianceReadout(FittedHead):
     """Score whole runs by the covariance of parcels' courses, in the tangent space of the training set's mean.
 
     The encoder's tokens are averaged over each label, and a linear drift over the run is taken off. All channels of all
@@ -54,7 +54,6 @@ class CovarianceReadout(nn.Module):
     """
 
     shares: Tensor  # (labels, tokens)
-    differentiable = False  # with respect to the images
 
     def __init__(
         self,
@@ -67,32 +66,22 @@ class CovarianceReadout(nn.Module):
         atlas: str | Path = AAL3,
         **encoder: Any,
     ) -> None:
-        super().__init__()
-        if not freeze:
-            raise InputError("the covariance readout is fitted, not trained, so its encoder stays frozen")
+        super().__init__(freeze, outputs, **encoder)
         if subtract not in SUBTRACT:
             raise InputError(f"subtract must be clip_mean, training_mean or null, not {subtract!r}")
-        self.encoder = SwinMambaEncoder(**encoder).requires_grad_(False).eval()
         edge, channels = self.encoder.tokens_of(stage)
         if not components or not all(1 <= number <= channels for number in components):
             raise InputError(f"components must be 1 to {channels}, the channels of stage {stage}, not {components}")
-        self.outputs = outputs
         self.stage, self.components, self.subtract = stage, sorted(components), subtract
         self.parcels = label_members(atlas, level)
         self.register_buffer("shares", token_shares(atlas, edge, self.encoder.image_size), persistent=False)
-        self.settings: dict[str, Any] = {  # what the fitted numbers mean nothing without
-            "outputs": outputs,
+        self.settings |= {
             "stage": stage,
             "level": level,
             "components": self.components,
             "subtract": subtract,
             "atlas": load_atlas(atlas).sha256,
         }
-        self.fitted: dict[str, Tensor] = {}
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay as it is: nothing here behaves otherwise in training."""
-        return super().train(False)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the settings, and all that was fitted as tensors on the CPU; `torch.load(weights_only=True)` reads it.
@@ -101,22 +90,7 @@ class CovarianceReadout(nn.Module):
         components, `spread` (P, k) of P parcels, `mean` and `whitening` (P * k, P * k), `weights`
         (m, P * k * (P * k + 1) / 2) and `bias` (m,) of m outputs; there are none before `fit`.
         """
-        return {"settings": dict(self.settings), "fitted": dict(self.fitted)}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what `get_extra_state` returned.
-
-        Raises:
-            InputError: it was fitted with other settings.
-        """
-        for name, here in self.settings.items():
-            if state["settings"].get(name) != here:
-                was = state["settings"].get(name)
-                raise InputError(
-                    f"the covariance readout was fitted with {name} {was!r}, but here it is {here!r}; give the "
-                    "options, such as --atlas, that it was trained with"
-                )
-        self.fitted = {name: tensor.cpu() for name, tensor in state["fitted"].items()}
+        return super().get_extra_state()
 
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
@@ -205,8 +179,7 @@ class CovarianceReadout(nn.Module):
 
     def vectors(self, image: Tensor, counts: Sequence[int] | None = None) -> NDArray[np.float64]:
         """What `forward` weighs: the runs in tangent space, (n, P * k * (P * k + 1) / 2); it raises the same."""
-        if "weights" not in self.fitted:
-            raise InputError("the covariance readout was not fitted; fit it, or load a checkpoint of one")
+        self.require_fitted()
         features = image.detach() if image.ndim == 4 else self.features(image)
         counts = [len(features)] if counts is None else list(counts)
         basis, spread = self.fitted["basis"], self.fitted["spread"]

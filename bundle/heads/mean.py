@@ -23,12 +23,16 @@ class Classifier(OnEncoder):
     Args:
         freeze: keep the encoder as it is: no gradients, always in evaluation mode. Else it is trained as well.
         outputs: numbers per clip, see `bundle.tasks.task.Task`.
+        hidden: units of a hidden layer between features and outputs; None: there is none.
         **encoder: the arguments of `SwinMambaEncoder`.
     """
 
-    def __init__(self, freeze: bool = True, outputs: int = 1, **encoder: Any) -> None:
+    def __init__(self, freeze: bool = True, outputs: int = 1, hidden: int | None = None, **encoder: Any) -> None:
         super().__init__(freeze, outputs, **encoder)
-        self.head = nn.Linear(self.encoder.channels, outputs)
+        channels = self.encoder.channels
+        self.head: nn.Module = nn.Linear(channels, outputs)
+        if hidden is not None:
+            self.head = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, outputs))
 
     def features(self, image: Tensor) -> Tensor:
         """Map images (B, 1, X, Y, Z, T) to the mean over their tokens (B, c)."""

@@ -10,7 +10,7 @@ from monai.engines import Evaluator
 from tqdm.auto import tqdm
 
 from bundle.data.batches import PrepareBatch
-from bundle.heads.covariance import CovarianceReadout
+from bundle.heads.fitted import FittedHead
 from bundle.tasks.task import Task
 from bundle.training.checkpoints import load_checkpoint, saved_facts, write_checkpoint
 from bundle.training.provenance import Provenance
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit_head(
-    network: CovarianceReadout,
+    network: FittedHead,
     task: Task,
     runs: Sequence[dict[str, Any]],
     prepare_batch: PrepareBatch,

@@ -222,6 +222,26 @@ def test_a_plan_is_run_once_and_goes_on_where_cells_are_missing(tmp_path, small_
     assert small_cohorts == [0, 1, 1, 0, 1]
 
 
+def test_another_atlas_makes_cells_of_its_own_and_leaves_those_of_aal3(tmp_path, small_cohorts):
+    rows = dynamics.run_plan(dynamics.read_plan(plan_file(tmp_path, seeds=[0])))
+    assert len(rows) == len(dynamics.run_plan(dynamics.read_plan(plan_file(tmp_path, seeds=[0], atlas="AAL3"))))
+    assert small_cohorts == [0]
+    dynamics.run_plan(dynamics.read_plan(plan_file(tmp_path, seeds=[0], atlas="AAL116")))
+    assert small_cohorts == [0, 0]
+
+
+def test_covariance_and_shifts_are_of_the_design_s_atlas_and_the_mean_is_of_none(tested, store):
+    """AAL116 has limbic regions and groups of other voxels than AAL3."""
+    design = Design(READOUTS, folds=3, sizes=[8], shift=["limbic"], seed=0, atlas="AAL116")
+    other = pd.DataFrame(encoder_rows(design, store, {"size": SIZE, "normalisation": VOXEL}))
+    same = [
+        np.array_equal(part["logit"], other.loc[part.index, "logit"])
+        for _, part in tested.groupby(["readout", "shifted"])
+    ]
+    names = [key for key, _ in tested.groupby(["readout", "shifted"])]
+    assert {key for key, equal in zip(names, same, strict=True) if equal} == {("mean", False), ("attention", False)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -185,7 +185,7 @@ BASELINES: dict[str, Callable[..., tuple[Features, BaseEstimator]]] = {
     "connectivity_svm": _connectivity(lambda seed: LinearSVC(random_state=seed)),
 }
 """Name to a function that returns the features of each participant and the classifier."""
-OF_LABELS = tuple(name for name in BASELINES if name.startswith("connectivity_"))
+OF_LABELS = ("connectivity_logistic", "connectivity_svm")
 """Those that take an atlas."""
 
 

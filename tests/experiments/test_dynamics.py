@@ -222,6 +222,28 @@ def test_a_plan_is_run_once_and_goes_on_where_cells_are_missing(tmp_path, small_
     assert small_cohorts == [0, 1, 1, 0, 1]
 
 
+def test_another_atlas_makes_cells_of_its_own_and_leaves_those_of_aal3(tmp_path, small_cohorts):
+    rows = dynamics.run_plan(dynamics.read_plan(plan_file(tmp_path, seeds=[0])))
+    assert len(rows) == len(dynamics.run_plan(dynamics.read_plan(plan_file(tmp_path, seeds=[0], atlas="AAL3"))))
+    assert small_cohorts == [0]
+    dynamics.run_plan(dynamics.read_plan(plan_file(tmp_path, seeds=[0], atlas="AAL116")))
+    assert small_cohorts == [0, 0]
+
+
+def test_covariance_and_shifts_are_of_the_design_s_atlas_and_the_mean_is_of_none(tested, store):
+    """AAL116 has limbic regions and groups of other voxels than AAL3."""
+    readouts = {name: READOUTS[name] for name in ("mean", "covariance")}
+    design = Design(readouts, folds=3, sizes=[], shift=["limbic"], seed=0, atlas="AAL116")
+    rows = encoder_rows(design, store, {"size": SIZE, "normalisation": VOXEL})
+    key = ["readout", "shuffled", "shifted", "fold", "participant_id"]
+    ours = tested[tested["size"] == 0].set_index(key)["logit"]
+    same = {
+        (name, shifted): np.array_equal(part["logit"], ours.loc[part.set_index(key).index])
+        for (name, shifted), part in pd.DataFrame(rows).query("not shuffled").groupby(["readout", "shifted"])
+    }
+    assert {what for what, equal in same.items() if equal} == {("mean", False)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

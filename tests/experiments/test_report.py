@@ -57,7 +57,7 @@ def leave_sites_out(results: Path, runs: list[dict]) -> Path:
                 curves = pd.DataFrame(rows, columns=["stage", "tag", "step", "value"])
                 curves.to_csv(folder / "curves.tsv", sep="\t", index=False)
                 record = {"strategy": strategy, "kind": "network", "seed": seed, "fold": site, "sha256": "0"}
-                record["settings"] = {"splits_file": f"/moved/since/splits/fold-{site}.json"}
+                record["settings"] = {"splits_file": f"/moved/since/splits/fold-{site}.json", "atlas": "AAL3"}
                 record |= {"finished": True, "seconds": {"train": 1.0}, "versions": {"torch": "2"}}
                 (folder / "trial.json").write_text(json.dumps(record))
                 trials[folder.name] = "0"

@@ -139,3 +139,14 @@ def test_a_line_per_measure_holds_a_stroke_per_run():
     assert limbic["strokes"] == {"good": [900], "warned": [250]}
     assert (limbic["least"], limbic["median"], limbic["most"], limbic["limit"]) == (0.25, 0.575, 0.9, 500)
     assert lines["frames prepared"]["limit"] is None
+
+
+def test_of_many_regions_the_page_shows_those_that_are_covered_least_and_the_table_all(tmp_path):
+    shares = {f"network {n}": 0.3 + 0.6 * (n * 7 % 20) / 20 for n in range(20)}
+    bare = {key: value for key, value in row_of("a").items() if not key.startswith("coverage_")}
+    page = page_of(tmp_path, [bare | {f"coverage_{name}": share for name, share in shares.items()}])
+    least = sorted(shares, key=shares.get)[:12]
+    shown = [text_of(bar[0]) for bar in of_class(cards(page)["a"], "bar")]
+    assert shown == [*(name for name in shares if name in least), "whole brain"]
+    assert len(of_class(page, "rug")) == 1 + 12 + 3  # the brain, the regions; frames acquired and prepared, TR
+    assert sum(column.startswith("coverage_") for column in pd.read_csv(tmp_path / "runs.tsv", sep="\t")) == 20

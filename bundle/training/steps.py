@@ -42,8 +42,11 @@ class WholeBatchStep:
             raise InputError(f"accumulate must be at least 1, not {parts}")
         self.parts = parts
 
-    def __call__(self, engine: SupervisedTrainer, items: list[dict]) -> dict[str, Tensor]:
-        """Compute, step, and return the `loss` over the whole batch, a scalar on the device."""
+    def __call__(self, engine: SupervisedTrainer, items: list[dict]) -> list[dict[str, Tensor]]:
+        """Compute, step, and return the `loss` over the whole batch, a scalar on the device.
+
+        It lies in a list of one dictionary, as where MONAI takes batches apart: so its trackers find it.
+        """
         network: Any = engine.network
         device, world = engine.state.device, idist.get_world_size()
         if self.parts > 1 and any(isinstance(module, _BatchNorm) for module in network.modules()):
@@ -76,7 +79,7 @@ class WholeBatchStep:
         for figures in readable(engine):
             figures.require_finite()
             engine.state.stop = figures.read()[2] > 0
-        return {"loss": loss.float()}
+        return [{"loss": loss.float()}]
 
 
 def _denominator(loss: Any, target: dict, items: int) -> Tensor:

@@ -86,8 +86,8 @@ def test_killed_anywhere_it_ends_with_the_same_bits(whole: Path, store: Path, tm
 class Torchrun:
     """`torchrun` with two processes, in the form of a `multiprocessing.Process`."""
 
-    def __init__(self, log: Path, given: list[str]) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    def __init__(self, log: Path, given: list[str], *options: str) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
         self.process = subprocess.Popen(
             [*command, "-m", "monai.bundle", *given],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -230,3 +230,51 @@ def test_a_lost_process_ends_the_other_with_a_reason(number: int, reason: str, s
         for process in (first, second):
             process.kill()
             process.join(PATIENCE_S)
+
+
+def test_a_classifier_goes_on_too(store: Path, tmp_path: Path):
+    """Its features are made anew, and its head and batch norm are those of the checkpoint."""
+    once = overlay(tmp_path, **at("train", "ITERATION_STARTED", 3, "signal_self", number=int(signal.SIGTERM)))
+    entries = {"dataset_dir": str(store), "encoder_checkpoint": "random", "max_epochs": 2, "learning_rate": 0.01}
+    run("train", **entries, output_dir=str(tmp_path / "whole"))
+    with pytest.raises(SystemExit) as caught:
+        run("train", once, **entries, output_dir=str(tmp_path / "parts"))
+    assert caught.value.code == 143
+    assert load_checkpoint(tmp_path / "parts" / "last.pt")["trainer"] == {
+        "iteration": 3,
+        "epoch_length": 4,
+        "max_epochs": 2,
+    }
+    run("train", **entries, output_dir=str(tmp_path / "parts"))
+    same(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_torchrun_hands_on_a_signal_and_starts_again_after_a_loss(store: Path, tmp_path: Path):
+    settings = SETTINGS | {"batch_size": 2, "clip_stride": 20, "checkpoint_minutes": 0}
+
+    def begin(name: str, *options: str) -> Torchrun:
+        given = arguments(
+            "pretrain", ["pretrain", "multi_gpu"], dataset_dir=store, output_dir=tmp_path / name, **settings
+        )
+        return Torchrun(tmp_path / "log.txt", given, *options)
+
+    unbroken = begin("unbroken")
+    unbroken.join(PATIENCE_S)
+    stopped = begin("stopped")
+    assert wait_until((tmp_path / "stopped" / "last.pt").is_file, stopped)
+    os.kill(stopped.pid, signal.SIGTERM)
+    stopped.join(PATIENCE_S)
+    assert stopped.exitcode not in (None, 0)
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("SIGTERM: stopped after iteration") == 2
+    begin("stopped").join(PATIENCE_S)
+    same(tmp_path / "stopped", tmp_path / "unbroken")
+
+    elastic = begin("elastic", "--max_restarts", "1")
+    assert wait_until((tmp_path / "elastic" / "last.pt").is_file, elastic)
+    os.kill(elastic.workers()[-1], signal.SIGKILL)
+    elastic.join(PATIENCE_S)
+    assert elastic.exitcode == 0
+    assert "Resumed after" in (tmp_path / "log.txt").read_text()[len(log) :]
+    same(tmp_path / "elastic", tmp_path / "unbroken")

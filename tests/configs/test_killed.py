@@ -4,8 +4,10 @@ The default run kills a few times; the full check, 20 kills with one process and
 `python -m pytest -m slow tests/configs/test_killed.py` (half an hour).
 """
 
+import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tiny_configs import run
+from tiny_configs import run, sentence
 from trainings import PATIENCE_S, arguments, at, end, overlay, same_checkpoint, start, wait_until
 
 from bundle.training.checkpoints import load_checkpoint
@@ -278,3 +281,25 @@ def test_torchrun_hands_on_a_signal_and_starts_again_after_a_loss(store: Path, t
     assert elastic.exitcode == 0
     assert "Resumed after" in (tmp_path / "log.txt").read_text()[len(log) :]
     same(tmp_path / "elastic", tmp_path / "unbroken")
+
+
+def test_a_nan_in_the_data_stops_it_names_the_clip_and_keeps_good_weights(store: Path, tmp_path: Path):
+    shutil.copytree(store, tmp_path / "store", copy_function=os.link)
+    run_id = json.loads((store / "splits.json").read_text())["sets"]["train"][0] + "_task-rest"
+    path = tmp_path / "store" / "runs" / run_id / "frames.npy"
+    frames = np.load(path)
+    path.unlink()
+    np.save(path, np.full_like(frames, np.nan))
+    with pytest.raises(RuntimeError) as caught:
+        run(
+            "pretrain",
+            dataset_dir=str(tmp_path / "store"),
+            output_dir=str(tmp_path / "out"),
+            checkpoint_minutes=0,
+            **(SETTINGS | {"seed": 1}),
+        )
+    assert "the loss is nan in epoch 1, iteration" in sentence(caught.value)
+    assert f"({run_id} from frame " in sentence(caught.value)
+    if (tmp_path / "out" / "last.pt").is_file():
+        network = load_checkpoint(tmp_path / "out" / "last.pt")["network"]
+        assert all(bool(tensor.isfinite().all()) for tensor in network.values())

@@ -17,7 +17,7 @@ class WholeBatchNorm(nn.BatchNorm1d):
         world = idist.get_world_size()
         if not self.training or (world == 1 and len(input) > 1):
             return super().forward(input)
-        rows = all_reduce(input.new_tensor(len(input))) if world > 1 else input.new_tensor(1)
+        rows = all_reduce(input.new_full((), len(input))) if world > 1 else input.new_full((), 1)
         if rows == 1:
             return functional.batch_norm(input, self.running_mean, self.running_var, eps=self.eps)
         mean = all_reduce(input.sum(0)) / rows

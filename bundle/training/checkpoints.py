@@ -156,6 +156,10 @@ class KeepCheckpoints:
             self._unvalidated = state_of(self.objects)  # weights stay while the epoch is validated
         if engine.state.stop if idist.get_world_size() > 1 else engine.state.stop_signal:
             self._stop(engine)
+        elif (
+            engine.state.stop_signal and self._unvalidated is not None
+        ):  # it came after the last agreement of the epoch
+            self._asked_to_stop(engine, engine.state.stop_signal)
         elif time.monotonic() - self.saved_s >= self.seconds and idist.get_rank() == 0:
             self._require_finite(engine)
             self.wait()
@@ -203,9 +207,11 @@ class KeepCheckpoints:
         with suppress(WriteError):  # the error that is on its way says more
             self.wait()
         safe = not self._in_step and isinstance(error, Exception) and not isinstance(error, WriteError)
-        if safe and engine.state.iteration > self.saved_iteration:
-            self._write(engine)
-        self._signals.restore()
+        try:
+            if safe and engine.state.iteration > self.saved_iteration:
+                self._write(engine)
+        finally:
+            self._signals.restore()
         raise lost_process(error)
 
     def _saved(self, engine: Trainer) -> None:

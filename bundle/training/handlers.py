@@ -1,6 +1,7 @@
 """Handlers that the trainers attach beside MONAI's and Ignite's own."""
 
-import logging
+import resource
+import sys
 import time
 
 import ignite.distributed as idist
@@ -11,8 +12,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from bundle.data.batches import seed_of
 from bundle.training.steps import Figures, readable
-
-logger = logging.getLogger(__name__)
 
 
 class DrawByPlace:
@@ -72,41 +71,61 @@ class StepScalars:
                 self.written = figures.iteration
 
 
-class DataWaiting:
-    """Log the share of each epoch that the trainer spent waiting for data.
+class Throughput:
+    """Metrics of each epoch of a training that say how fast it is, for the log and all trackers.
 
-    Near 0 the loader keeps up; else more workers help. Attach it before handlers that validate at the end of an
-    epoch, which would be counted as training time.
+    `clips_per_second`, of all processes; `waiting_for_data`, the share of the time that the trainer waited for batches
+    (near 0 the loader keeps up, else more workers help); `memory_gib`, the most so far on the GPU, or without one of
+    this process; and `hours_left` until the last epoch, with validations. Attach it before handlers that validate at
+    the end of an epoch, which would be counted as training time.
     """
 
     def attach(self, engine: Trainer) -> None:
         """Register with a trainer."""
-        engine.add_event_handler(Events.STARTED, self.start_epoch)  # of an epoch its validation alone may be left
+        engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self.start_waiting)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.stop_waiting)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.report)
 
+    def start(self) -> None:
+        """Begin to count; of an epoch that is resumed its validation alone may be left."""
+        self.begun = time.perf_counter()
+        self.steps = 0
+        self.start_epoch()
+
     def start_epoch(self) -> None:
-        """Begin to count."""
+        """Begin to count an epoch."""
         self.epoch_start = self.wait_start = time.perf_counter()
         self.waited = 0.0
+        self.clips = 0
 
     def start_waiting(self) -> None:
         """The trainer asks for a batch."""
         self.wait_start = time.perf_counter()
 
-    def stop_waiting(self) -> None:
+    def stop_waiting(self, engine: Trainer) -> None:
         """The trainer has its batch."""
         self.waited += time.perf_counter() - self.wait_start
+        self.clips += len(engine.state.batch) * idist.get_world_size()
+        self.steps += 1
 
     def report(self, engine: Trainer) -> None:
-        """Log the epoch's figures, and keep the share in `share`."""
-        seconds = time.perf_counter() - self.epoch_start
-        self.share = self.waited / seconds
-        logger.info(
-            "epoch %d: %.1f s, of which %.0f %% waiting for data",
-            engine.state.epoch,
-            seconds,
-            100 * self.share,
-        )
+        """Add the metrics of the epoch; there are none where only its validation was left."""
+        if self.clips:
+            now, left = (
+                time.perf_counter(),
+                engine.state.max_epochs * engine.state.epoch_length - engine.state.iteration,
+            )
+            engine.state.metrics |= {
+                "clips_per_second": self.clips / (now - self.epoch_start),
+                "waiting_for_data": self.waited / (now - self.epoch_start),
+                "memory_gib": _peak_bytes() / 2**30,
+                "hours_left": (now - self.begun) / self.steps * left / 3600,
+            }
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -23,7 +23,7 @@ class MeanLoss(Metric):
     """
 
     def __init__(self) -> None:
-        super().__init__(output_transform=lambda output: output["loss"])
+        super().__init__(output_transform=lambda output: output[0]["loss"])
 
     def started(self, engine: Engine) -> None:
         """Begin with an epoch, unless it is resumed in the middle."""

@@ -43,8 +43,16 @@ CANNOT_SHAPE = {
     "writer": "logs",
     "train#reports": "log",
     "validate#reports": "log",
+    "tracking_uri": "where MLflow logs",
+    "experiment_name": "MLflow's",
+    "run_name": "MLflow's",
+    "save_execute_config": "MLflow's",
+    "is_not_rank0": "MLflow's",
 }
-"""Entries of the configs that cannot shape weights, and why."""
+"""Entries of the configs that cannot shape weights, and why. The last ones are what `--tracking mlflow` adds."""
+
+TRACKERS = ("MLFlowHandler",)
+"""Handlers that `--tracking` adds to lists of them."""
 
 TRAINING_ONLY = ("config#encoder_checkpoint", "config#initialize")
 """Facts that shape weights while they are trained, and say nothing of how a trained network is to be used."""
@@ -205,7 +213,8 @@ def _resolved(parser: ConfigParser, name: str, value: Any) -> Any:
         inside = {key: f"{name}#{key}" for key in value}
         return {key: _resolved(parser, inside[key], value[key]) for key in value if inside[key] not in CANNOT_SHAPE}
     if isinstance(value, list):
-        return [_resolved(parser, f"{name}#{index}", part) for index, part in enumerate(value)]
+        parts = {i: v for i, v in enumerate(value) if not (isinstance(v, dict) and v.get("_target_") in TRACKERS)}
+        return [_resolved(parser, f"{name}#{index}", part) for index, part in parts.items()]
     if not isinstance(value, str):
         return value if _is_json(value) else f"an object of {type(value).__name__}"  # put there by Python code
     if not _is_plain(parser, name) or "output_dir" in _all_references(parser, value):

@@ -7,7 +7,7 @@ from ignite.handlers import ProgressBar
 from monai.handlers import StatsHandler, TensorBoardStatsHandler
 from torch.utils.tensorboard import SummaryWriter
 
-from bundle.training.handlers import DataWaiting, StepScalars
+from bundle.training.handlers import StepScalars, Throughput
 from bundle.training.pictures import ReconstructionImages
 
 
@@ -24,7 +24,7 @@ class EpochStats(StatsHandler):
 
 
 def training_reports(description: str, writer: SummaryWriter | None) -> list[Any]:
-    """Handlers of a trainer: a bar, the share of waiting for data, epochs in the log, each step's loss in TensorBoard.
+    """Handlers of a trainer: a bar, speed and epochs in the log, and in TensorBoard each step's loss, too.
 
     They come before the trainer's other handlers, so that validation does not count as waiting. Of several processes
     the first one reports.
@@ -33,7 +33,7 @@ def training_reports(description: str, writer: SummaryWriter | None) -> list[Any
         return []
     return [
         ProgressBar(desc=description),
-        DataWaiting(),
+        Throughput(),
         EpochStats("train"),
         StepScalars(writer),
         epochs_to(writer),

@@ -42,8 +42,11 @@ class WholeBatchStep:
             raise InputError(f"accumulate must be at least 1, not {parts}")
         self.parts = parts
 
-    def __call__(self, engine: SupervisedTrainer, items: list[dict]) -> dict[str, Tensor]:
-        """Compute, step, and return the `loss` over the whole batch, a scalar on the device."""
+    def __call__(self, engine: SupervisedTrainer, items: list[dict]) -> list[dict[str, Tensor]]:
+        """Compute, step, and return the `loss` over the whole batch, a scalar on the device.
+
+        It lies in a list of one dictionary, as where MONAI takes batches apart: so its trackers find it.
+        """
         network: Any = engine.network
         device, world = engine.state.device, idist.get_world_size()
         if self.parts > 1 and any(isinstance(module, _BatchNorm) for module in network.modules()):
@@ -59,11 +62,11 @@ class WholeBatchStep:
             inputs, target, args, kwargs = engine.prepare_batch([items[i] for i in part], device, engine.non_blocking)
             with nullcontext() if part is parts[-1] or world == 1 else network.no_sync():
                 loss = engine.loss_function(engine.inferer(inputs, network, *args, **kwargs), target)
-                weight = _denominator(engine.loss_function, target, len(part)).to(sums)
+                weight = _denominator(engine.loss_function, target, len(part), sums)
                 (loss * weight).backward()
             sums += torch.stack([loss.detach() * weight, weight])
-        own, stop = sums[0].clone(), sums.new_tensor([float(getattr(engine.state, "stop_signal", 0) != 0)])
-        sums = torch.cat([sums, stop])
+        own, asked = sums[0].clone(), float(getattr(engine.state, "stop_signal", 0) != 0)
+        sums = torch.cat([sums, sums.new_full((1,), asked)])  # filled on the device, which is not waited for
         if world > 1:
             torch.distributed.all_reduce(sums)
         loss, gradients = sums[0] / sums[1], [p.grad for p in network.parameters() if p.grad is not None]
@@ -76,11 +79,11 @@ class WholeBatchStep:
         for figures in readable(engine):
             figures.require_finite()
             engine.state.stop = figures.read()[2] > 0
-        return {"loss": loss.float()}
+        return [{"loss": loss.float()}]
 
 
-def _denominator(loss: Any, target: dict, items: int) -> Tensor:
-    return loss.denominator(target) if hasattr(loss, "denominator") else torch.tensor(items)
+def _denominator(loss: Any, target: dict, items: int, like: Tensor) -> Tensor:
+    return loss.denominator(target).to(like) if hasattr(loss, "denominator") else like.new_full((), items)
 
 
 class Figures:

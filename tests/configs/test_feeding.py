@@ -4,17 +4,17 @@ Not covered: pinned memory and CUDA.
 """
 
 import json
-import logging
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 
 from bundle.data.batches import PrepareBatch, keep_items
-from bundle.training.handlers import DataWaiting
+from bundle.training.handlers import Throughput
 from bundle.training.reports import training_reports
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -41,32 +41,41 @@ def test_tensors_travel_before_the_transforms():
     assert seen == ["meta"]
 
 
-def test_the_share_of_waiting_is_logged_per_epoch(caplog, monkeypatch):
-    """With a clock of its own, each batch takes 3 s to come and 1 s to be used."""
+def test_speed_waiting_and_time_left_are_metrics_of_each_epoch(monkeypatch):
+    """With a clock of its own, each batch of 8 clips takes 3 s to come and 1 s to be used, and a validation 30 s."""
     clock = [0.0]
     monkeypatch.setattr("bundle.training.handlers.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("bundle.training.handlers.idist", SimpleNamespace(get_world_size=lambda: 2))
 
     def pass_time(seconds):
         clock[0] += seconds
 
-    def slow():
-        for number in range(5):
-            pass_time(3)
-            yield number
+    class Slow:
+        def __len__(self):
+            return 5
 
+        def __iter__(self):
+            for _ in range(5):
+                pass_time(3)
+                yield [None] * 8
+
+    seen = []
     engine = Engine(lambda engine, batch: pass_time(1))
-    waiting = DataWaiting()
-    waiting.attach(engine)
-    with caplog.at_level(logging.INFO, logger="bundle.training.handlers"):
-        engine.run(slow(), max_epochs=1, epoch_length=5)
-    assert waiting.share == 0.75
-    assert "epoch 1: 20.0 s, of which 75 % waiting for data" in caplog.text
+    Throughput().attach(engine)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: seen.append(dict(engine.state.metrics)))
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: pass_time(30))
+    engine.run(Slow(), max_epochs=3)
+    assert [metrics["clips_per_second"] for metrics in seen] == [4.0] * 3  # 80 clips of two processes in 20 s
+    assert [metrics["waiting_for_data"] for metrics in seen] == [0.75] * 3
+    # 20 s for 5 steps, then with the validation 70 s for 10
+    assert [metrics["hours_left"] * 3600 for metrics in seen] == pytest.approx([40, 35, 0])
+    assert all(0.01 < metrics["memory_gib"] < 1000 for metrics in seen)
 
 
 @pytest.mark.parametrize("name", ["pretrain", "train"])
 def test_training_counts_its_waiting_apart_from_validation(name):
     config = json.loads((CONFIGS / f"{name}.json").read_text())
-    assert any(isinstance(report, DataWaiting) for report in training_reports(name, Mock()))
+    assert any(isinstance(report, Throughput) for report in training_reports(name, Mock()))
     assert config["train"]["reports"]["_target_"] == "bundle.training.reports.training_reports"
     assert config["train"]["trainer"]["train_handlers"] == "$@train#reports + @train#handlers"  # validation comes after
     assert "monai.handlers.ValidationHandler" in [handler["_target_"] for handler in config["train"]["handlers"]]

@@ -4,8 +4,10 @@ The default run kills a few times; the full check, 20 kills with one process and
 `python -m pytest -m slow tests/configs/test_killed.py` (half an hour).
 """
 
+import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tiny_configs import run
+from tiny_configs import run, sentence
 from trainings import PATIENCE_S, arguments, at, end, overlay, same_checkpoint, start, wait_until
 
 from bundle.training.checkpoints import load_checkpoint
@@ -86,8 +89,8 @@ def test_killed_anywhere_it_ends_with_the_same_bits(whole: Path, store: Path, tm
 class Torchrun:
     """`torchrun` with two processes, in the form of a `multiprocessing.Process`."""
 
-    def __init__(self, log: Path, given: list[str]) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    def __init__(self, log: Path, given: list[str], *options: str) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
         self.process = subprocess.Popen(
             [*command, "-m", "monai.bundle", *given],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -230,3 +233,73 @@ def test_a_lost_process_ends_the_other_with_a_reason(number: int, reason: str, s
         for process in (first, second):
             process.kill()
             process.join(PATIENCE_S)
+
+
+def test_a_classifier_goes_on_too(store: Path, tmp_path: Path):
+    """Its features are made anew, and its head and batch norm are those of the checkpoint."""
+    once = overlay(tmp_path, **at("train", "ITERATION_STARTED", 3, "signal_self", number=int(signal.SIGTERM)))
+    entries = {"dataset_dir": str(store), "encoder_checkpoint": "random", "max_epochs": 2, "learning_rate": 0.01}
+    run("train", **entries, output_dir=str(tmp_path / "whole"))
+    with pytest.raises(SystemExit) as caught:
+        run("train", once, **entries, output_dir=str(tmp_path / "parts"))
+    assert caught.value.code == 143
+    assert load_checkpoint(tmp_path / "parts" / "last.pt")["trainer"] == {
+        "iteration": 3,
+        "epoch_length": 4,
+        "max_epochs": 2,
+    }
+    run("train", **entries, output_dir=str(tmp_path / "parts"))
+    same(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_torchrun_hands_on_a_signal_and_starts_again_after_a_loss(store: Path, tmp_path: Path):
+    settings = SETTINGS | {"batch_size": 2, "clip_stride": 20, "checkpoint_minutes": 0}
+
+    def begin(name: str, *options: str) -> Torchrun:
+        given = arguments(
+            "pretrain", ["pretrain", "multi_gpu"], dataset_dir=store, output_dir=tmp_path / name, **settings
+        )
+        return Torchrun(tmp_path / "log.txt", given, *options)
+
+    unbroken = begin("unbroken")
+    unbroken.join(PATIENCE_S)
+    stopped = begin("stopped")
+    assert wait_until((tmp_path / "stopped" / "last.pt").is_file, stopped)
+    os.kill(stopped.pid, signal.SIGTERM)
+    stopped.join(PATIENCE_S)
+    assert stopped.exitcode not in (None, 0)
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("SIGTERM: stopped after iteration") == 2
+    begin("stopped").join(PATIENCE_S)
+    same(tmp_path / "stopped", tmp_path / "unbroken")
+
+    elastic = begin("elastic", "--max_restarts", "1")
+    assert wait_until((tmp_path / "elastic" / "last.pt").is_file, elastic)
+    os.kill(elastic.workers()[-1], signal.SIGKILL)
+    elastic.join(PATIENCE_S)
+    assert elastic.exitcode == 0
+    assert "Resumed after" in (tmp_path / "log.txt").read_text()[len(log) :]
+    same(tmp_path / "elastic", tmp_path / "unbroken")
+
+
+def test_a_nan_in_the_data_stops_it_names_the_clip_and_keeps_good_weights(store: Path, tmp_path: Path):
+    shutil.copytree(store, tmp_path / "store", copy_function=os.link)
+    run_id = json.loads((store / "splits.json").read_text())["sets"]["train"][0] + "_task-rest"
+    path = tmp_path / "store" / "runs" / run_id / "frames.npy"
+    frames = np.load(path)
+    path.unlink()
+    np.save(path, np.full_like(frames, np.nan))
+    with pytest.raises(RuntimeError) as caught:
+        run(
+            "pretrain",
+            dataset_dir=str(tmp_path / "store"),
+            output_dir=str(tmp_path / "out"),
+            checkpoint_minutes=0,
+            **(SETTINGS | {"seed": 1}),
+        )
+    assert "the loss is nan in epoch 1, iteration" in sentence(caught.value)
+    assert f"({run_id} from frame " in sentence(caught.value)
+    if (tmp_path / "out" / "last.pt").is_file():
+        network = load_checkpoint(tmp_path / "out" / "last.pt")["network"]
+        assert all(bool(tensor.isfinite().all()) for tensor in network.values())

@@ -15,7 +15,6 @@ import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.signal import detrend
 from torch import Tensor, nn
 
 from bundle.anatomy import grid
@@ -23,7 +22,7 @@ from bundle.anatomy.atlas import AAL3
 from bundle.data.normalisation import Normalisation
 from bundle.data.transforms import ScatterClipd, TimeLastd
 from bundle.errors import InputError
-from bundle.heads.covariance import FAINT, CovarianceReadout
+from bundle.heads.covariance import CovarianceReadout, correlation_of_labels
 from bundle.heads.pooling import pool
 from bundle.networks.precision import autocast
 from bundle.preparation.bold import TR_RANGE
@@ -162,27 +161,6 @@ class RunEmbedder(nn.Module):
         if self.readout.fitted:
             return torch.as_tensor(self.readout.vectors(features)[0], dtype=torch.float32)
         return correlation_of_labels(features)
-
-
-def correlation_of_labels(features: Tensor) -> Tensor:
-    """How alike labels fluctuate, without anything fitted.
-
-    As in `CovarianceReadout`, the run's own mean over its clips and a line over the run are taken off. The correlation
-    of two labels is then that of their tokens, over frames and channels together.
-
-    Args:
-        features: labels' tokens of a run's clips, (C, T, L, c).
-
-    Returns:
-        The correlations above the diagonal, row by row, (L * (L - 1) / 2,) float32; 0 for a label where nothing
-        happens.
-    """
-    values = (features - features.mean(0)).double().cpu().flatten(0, 1).numpy()
-    courses = detrend(values, axis=0).swapaxes(0, 1).reshape(features.shape[2], -1)  # (n, L, c) -> (L, n * c)
-    sizes = np.linalg.norm(courses, axis=1)
-    still = sizes <= FAINT * sizes.max()
-    courses = courses / np.where(still, np.inf, sizes)[:, None]
-    return torch.as_tensor((courses @ courses.T)[np.triu_indices(len(courses), 1)], dtype=torch.float32)
 
 
 def suite_model(

@@ -217,6 +217,27 @@ class CovarianceReadout(FittedHead):
         )
 
 
+def correlation_of_labels(features: Tensor) -> Tensor:
+    """How alike labels fluctuate, without anything fitted.
+
+    As in `CovarianceReadout`, the run's own mean over its clips and a line over the run are taken off. The correlation
+    of two labels is then that of their tokens, over frames and channels together.
+
+    Args:
+        features: labels' tokens of a run's clips, (C, T, L, c).
+
+    Returns:
+        The correlations above the diagonal, row by row, (L * (L - 1) / 2,) float32; 0 for a label where nothing
+        happens.
+    """
+    values = (features - features.mean(0)).double().cpu().flatten(0, 1).numpy()
+    courses = detrend(values, axis=0).swapaxes(0, 1).reshape(features.shape[2], -1)  # (n, L, c) -> (L, n * c)
+    sizes = np.linalg.norm(courses, axis=1)
+    still = sizes <= FAINT * sizes.max()
+    courses = courses / np.where(still, np.inf, sizes)[:, None]
+    return torch.as_tensor((courses @ courses.T)[np.triu_indices(len(courses), 1)], dtype=torch.float32)
+
+
 def _courses(components: Tensor, expected: Tensor) -> NDArray[np.float64]:
     """A run's components (n, P, k) as courses (n, P * k) of SD 1, or 0 where nothing happens.
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional
 
@@ -58,13 +60,28 @@ def redundancy_effect(
         logger.warning("rate %g, seed %d: %s %s", rate, seed, MEASURES, found[row, number])
     rows = []
     for (row, rate), (column, measure) in product(enumerate(rates), enumerate(MEASURES)):
-        scores, better = found[row, :, column], found[row, :, column] - found[0, :, column]
-        text = f"{better.mean():+.3f} ({better.min():+.3f} to {better.max():+.3f})" if row else ""
+        scores = found[row, :, column]
         each = ", ".join(f"{score:.3f}" for score in scores)
-        rows.append([f"{rate:g}", measure, f"{scores.mean():.3f}", each, text])
-    header = ["rate", "hidden", "temporal R²", "of each seed", f"minus rate {rates[0]:g}, same seed: mean (range)"]
+        rows.append([f"{rate:g}", measure, f"{scores.mean():.3f}", each, difference(scores - found[0, :, column])])
+    header = [
+        "rate",
+        "hidden",
+        "temporal R²",
+        "of each seed",
+        f"minus rate {rates[0]:g}, seed by seed (95 %, Student's t)",
+    ]
     counts = f"{len(train)} clips to train on, {len(validation)} to validate, {steps} steps of one clip."
     return f"{facts}\n{counts}\n\n{markdown(header, rows)}"
+
+
+def difference(values: NDArray[np.float64]) -> str:
+    """Mean of the seeds' differences, with Student's interval where there are several; nothing where all are 0."""
+    if not values.any():
+        return ""
+    if len(values) < 2:
+        return f"{values.mean():+.3f}"
+    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+    return f"{values.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _clips(store: Path, subset: str) -> list[Item]:

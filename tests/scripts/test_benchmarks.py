@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from scripts.benchmarks.measure import (
     scan_with,
     seconds_text,
 )
-from scripts.benchmarks.redundancy_effect import redundancy_effect
+from scripts.benchmarks.redundancy_effect import difference, redundancy_effect
 from scripts.benchmarks.report import SECTIONS, replace_section, report
 from scripts.benchmarks.scaling import draw, memory, slope
 from scripts.benchmarks.table import HEADER, table
@@ -108,6 +109,7 @@ def test_what_redundancy_dropout_does_is_compared_on_the_same_clips(store: Path,
     assert [row[:2] for row in rows] == [[rate, kind] for rate in ("0", "0.5") for kind in ("tubes", "regions")]
     assert all(-100 < float(row[2]) <= 1 for row in rows)
     assert [bool(row[4]) for row in rows] == [False, False, True, True]
+    assert difference(np.array([0.1, 0.2, 0.3])) == "+0.200 [-0.048, +0.448]"  # 4.303 (two degrees) times 0.1 / sqrt(3)
 
 
 def test_products_are_counted_as_pytorch_counts_them():

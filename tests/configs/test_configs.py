@@ -330,6 +330,9 @@ def test_an_option_that_no_config_knows_is_refused(form: str, tmp_path: Path):
         refuse_unknown_options([*given, "--mask_fracton", "0.5"])
 
 
+SPEED = {"clips_per_second", "waiting_for_data", "memory_gib", "hours_left"}
+
+
 def two_processes(store: Path, folder: Path, overlay: dict, **changes: object) -> subprocess.CompletedProcess:
     """Pretrain below a folder: `torchrun` with gloo on the CPU stands in for several GPUs."""
     (folder / "overlay.json").write_text(json.dumps(overlay))
@@ -367,7 +370,7 @@ def test_two_processes_train_as_one_at_the_same_batch_size(store: Path, tmp_path
         for name, tensor in one["network"].items():
             torch.testing.assert_close(other["network"][name], tensor, rtol=0, atol=1e-6)
         assert scalars.Tags()["scalars"] == curves.Tags()["scalars"]
-        for tag in curves.Tags()["scalars"]:
+        for tag in set(curves.Tags()["scalars"]) - SPEED:
             ours, theirs = ([(s.step, s.value) for s in which.Scalars(tag)] for which in (curves, scalars))
             assert [step for step, _ in theirs] == [step for step, _ in ours]
             assert [value for _, value in theirs] == pytest.approx([value for _, value in ours], rel=1e-5), tag

@@ -100,7 +100,7 @@ def test_prepare_goes_on_past_a_bad_run_and_exits_with_1(tmp_path: Path):
         (["prepare", "20240101", "store"], "20240101 does not exist"),
         (["splits", "nowhere", "--folds", "x"], "--folds must be a number, not 'x'"),
         (["prepare", "nowhere", "store", "--high_pass", "0,01"], "--high_pass must be a number, not '0,01'"),
-        (["overlay", "nowhere", "0010001", "mask.png"], "nowhere holds no run 0010001"),
+        (["overlay", "nowhere", "0010001", "mask.png"], "nowhere is not there"),
     ],
 )
 def test_bad_input_is_one_sentence_that_names_it(call: Callable, tmp_path: Path, arguments: list[str], words: str):

@@ -72,9 +72,9 @@ def test_features_that_are_all_alike_find_nobody():
 
 def test_the_config_names_whom_it_finds(store: Path, tmp_path: Path):
     """Every run of the tiny store is noise of its own over one brain: outlines are equal, and tell nothing."""
-    options = {"dataset_dir": str(store), "output_dir": str(tmp_path)}
+    options = {"dataset_dir": str(store), "output_dir": str(tmp_path), "clip_stride": 4}
     run("pretrain", **options)
-    run("pretrain", "reidentify", **options, clip_stride=4, gap=2)
+    run("pretrain", "reidentify", **options, gap=2)
     table = pd.read_csv(tmp_path / "reidentification" / "reidentification.csv")
     assert table["features"].unique().tolist() == list(FEATURES)
     assert (table["parts"] == "halves").all()
@@ -84,5 +84,5 @@ def test_the_config_names_whom_it_finds(store: Path, tmp_path: Path):
     outline = table[table["features"] == "brain mask"].set_index("rank")["share"]
     assert outline[1] == 0
     with pytest.raises(RuntimeError) as caught:
-        run("pretrain", "reidentify", **options, clip_stride=4, gap=20)
+        run("pretrain", "reidentify", **options, gap=20)
     assert "is too short for two halves" in sentence(caught.value)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import ignite.distributed as idist
 import numpy as np
 import torch
-from monai.data import Dataset, DistributedSampler
+from monai.data import Dataset, DistributedSampler, MetaTensor
 from monai.data.utils import set_rnd
 from monai.transforms import Compose
 from torch import Tensor
@@ -245,7 +245,8 @@ class PrepareBatch:
         if "mask" not in items[0]:
             return image, target, (), {}
         target["mask"] = torch.stack([torch.as_tensor(item["mask"]).as_subclass(Tensor) for item in items])
-        target["affine"] = torch.stack([torch.as_tensor(item["mask"].affine).as_subclass(Tensor) for item in items])
+        if isinstance(items[0]["mask"], MetaTensor):  # where the clips lie, if augmentation has moved them
+            target["affine"] = torch.stack([torch.as_tensor(item["mask"].affine).as_subclass(Tensor) for item in items])
         return image, target, (target["mask"],), {}
 
     def _image(self, item: dict, device: torch.device | str | None, non_blocking: bool) -> dict:

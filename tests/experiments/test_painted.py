@@ -81,7 +81,8 @@ def test_sources_find_the_runs_and_what_makes_a_case(given):
     folder = paint(**given)
     runs = find_runs(folder)
     found = {run["participant_id"]: (run["site"], run["diagnosis"], run["participant"]["age"]) for run in runs}
-    assert found == {f"sub-kid{n}": ("painted", int(AGES[f"kid{n}"] >= 7), AGES[f"kid{n}"]) for n in (1, 2, 3, 4)}
+    groups = {name: "adhd" if age >= 7 else "control" for name, age in AGES.items()}
+    assert found == {f"sub-kid{n}": ("painted", groups[f"kid{n}"], AGES[f"kid{n}"]) for n in (1, 2, 3, 4)}
     assert all(run["mask"] is not None and "problem" not in run for run in runs)
     assert list(pd.read_csv(folder / "participants.tsv", sep="\t")["sex"]) == list("FMFM")
     assert open_bold(runs[0]["bold"]).tr == 2.0
@@ -96,7 +97,7 @@ def test_adults_against_children_and_an_image_does_not_depend_on_the_question(gi
     ages = paint(**given)
     other = paint(**given | {"folder": tmp_path / "other", "column": "Child_Adult", "threshold": None, "where": None,
                              "case": "adult, teenager"})  # fmt: skip
-    assert [run["diagnosis"] for run in find_runs(other)] == [0, 0, 0, 0, 1, 1]
+    assert [run["diagnosis"] for run in find_runs(other)] == ["control"] * 4 + ["adhd"] * 2
     for name in list(AGES)[:4]:
         assert bold_of(ages, f"sub-{name}").read_bytes() == bold_of(other, f"sub-{name}").read_bytes()
 

@@ -52,7 +52,7 @@ def test_every_run_is_described_and_nothing_is_stored(files):
     assert (good["tr_in"], good["frames_in"], good["frames"]) == (2.0, 24, 58)  # 46 s: 0, 0.8 ... 45.6 s
     assert good["mni_overlap"] > 0.8
     assert all(good[f"coverage_{region}"] > 0.8 for region in REGIONS)
-    assert good["warnings"] == "no diagnosis"
+    assert good["warnings"] == ""
     assert re.search(r"less than 50% of cerebellum \d+%", rows["sub-high"]["warnings"])
     assert "but 20 are needed" in rows["sub-short"]["reason"]
     assert "same content as sub-copy" in rows["sub-double"]["reason"]

@@ -373,7 +373,7 @@ def test_band_passed_athena_runs_keep_their_negative_half_and_every_session(tmp_
         z = store.read_clip(tmp_path / "store", record["run_id"], 0, record["frames"])
         assert abs(record["mean"]) < 0.01
         assert 0.45 < (z < 0).mean() < 0.55
-        assert (record["site"], record["diagnosis"]) == ("NYU", 1)
+        assert (record["site"], record["diagnosis"]) == ("NYU", "adhd")
 
 
 # --- real files -------------------------------------------------------------------------------------------------------

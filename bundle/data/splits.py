@@ -215,7 +215,7 @@ def count_table(splits: dict, runs: Iterable[dict], **target: Any) -> list[dict]
         **target: `target`, `task` and `classes`, as for `make_splits`.
     """
     column = target.get("target", "diagnosis")
-    strata = strata_of(runs, column, target.get("task"), target.get("classes"), fewest=splits.get("folds", 1))
+    strata = strata_of(runs, fewest=splits.get("folds", 1), **target)
     rows: dict[tuple[str, str, str], int] = {}
     for name in SETS:
         for participant in splits["sets"][name]:

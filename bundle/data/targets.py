@@ -63,25 +63,23 @@ class Target:
 
 
 def read_target(
-    store: str | Path, column: str = "diagnosis", task: str | None = None, classes: Sequence[Any] | None = None
+    store: str | Path, target: str = "diagnosis", task: str | None = None, classes: Sequence[Any] | None = None
 ) -> Target:
     """The target of a store's participants, see `target_of`; what was read is logged."""
-    target = target_of(read_manifest(store)["runs"], column, task, classes, store)
-    what = ", ".join(
-        f"{list(target.labels.values()).count(number)} {name}" for number, name in enumerate(target.classes)
-    )
-    logger.info("Target %s, %s: %s", column, target.kind, what or f"{len(target.labels)} participants with a value")
-    if target.missing:
+    found = target_of(read_manifest(store)["runs"], target, task, classes, store)
+    what = ", ".join(f"{list(found.labels.values()).count(number)} {name}" for number, name in enumerate(found.classes))
+    logger.info("Target %s, %s: %s", target, found.kind, what or f"{len(found.labels)} participants with a value")
+    if found.missing:
         logger.warning(
             "%d of %d participants have no %s, and are left out of training and testing (pretraining sees them)",
-            len(target.missing), len(target.missing) + len(target.labels), column,
+            len(found.missing), len(found.missing) + len(found.labels), target,
         )  # fmt: skip
-    return target
+    return found
 
 
 def target_of(
     runs: Iterable[Mapping[str, Any]],
-    column: str = "diagnosis",
+    target: str = "diagnosis",
     task: str | None = None,
     classes: Sequence[Any] | None = None,
     source: str | Path = "the runs",
@@ -95,7 +93,7 @@ def target_of(
 
     Args:
         runs: records, as in a store's manifest.
-        column: name of the column, `site` among them; capitals do not matter where there is one such.
+        target: name of the column, `site` among them; capitals do not matter where there is one such.
         task: one of `KINDS`; None: what the values say.
         classes: the classes' values in their order; None: all.
         source: for messages.
@@ -105,13 +103,13 @@ def target_of(
     """
     if task is not None and task not in KINDS:
         raise InputError(f"task must be one of {', '.join(KINDS)}, not {task!r}")
-    values = _values(runs, column, source)
+    values = _values(runs, target, source)
     texts = {name: _text(value) for name, value in values.items() if not _is_missing(value)}
-    where = f"{source}: the column {column!r}"
+    where = f"{source}: the column {target!r}"
     if not texts:
         raise InputError(f"{where} has no value; fill in the participants' table and prepare again")
     if (
-        column.lower() == "diagnosis"
+        target.lower() == "diagnosis"
         and task in (None, "binary")
         and {t.lower() for t in texts.values()} <= set(DIAGNOSES)
     ):
@@ -129,7 +127,7 @@ def target_of(
     if len(set(labels.values())) < 2:
         only = next(iter(texts.values()))
         raise InputError(f"{where} is {only} for everybody who has a value, so there is nothing to predict")
-    return Target(column, kind, named, labels, tuple(sorted(set(values) - set(labels))))
+    return Target(target, kind, named, labels, tuple(sorted(set(values) - set(labels))))
 
 
 def _values(runs: Iterable[Mapping[str, Any]], column: str, source: str | Path) -> dict[str, Any]:
@@ -231,7 +229,7 @@ def _numbers(texts: Mapping[str, str], where: str) -> dict[str, float]:
 
 def strata_of(
     runs: Iterable[Mapping[str, Any]],
-    column: str = "diagnosis",
+    target: str = "diagnosis",
     task: str | None = None,
     classes: Sequence[Any] | None = None,
     fewest: int = 1,
@@ -243,7 +241,7 @@ def strata_of(
 
     Args:
         runs: records, as in a store's manifest.
-        column: as for `target_of`, like `task` and `classes`. Where nobody has a diagnosis, "diagnosis" means sites.
+        target: as for `target_of`, like `task` and `classes`. Where nobody has a diagnosis, "diagnosis" means sites.
         task: see there.
         classes: see there.
         fewest: participants of the largest stratum, at least.
@@ -263,17 +261,17 @@ def strata_of(
                 f"participant {run['participant_id']} has two sites, {known} and {run['site']}; correct the table and "
                 "prepare again"
             )
-    if column == "diagnosis" and all(_is_missing(value) for value in _values(rows, column, "the runs").values()):
+    if target == "diagnosis" and all(_is_missing(value) for value in _values(rows, target, "the runs").values()):
         return {participant: (site, "n/a") for participant, site in sites.items()}
-    target = target_of(rows, column, task, classes)
-    if target.classes:
-        return {participant: (site, target.name_of(participant)) for participant, site in sites.items()}
+    found = target_of(rows, target, task, classes)
+    if found.classes:
+        return {participant: (site, found.name_of(participant)) for participant, site in sites.items()}
     for parts in (4, 3, 2, 1):
         strata = {participant: (site, "n/a") for participant, site in sites.items()}
         for site in set(sites.values()):
             members = sorted(
-                (p for p, own in sites.items() if own == site and p in target.labels),
-                key=lambda p: (target.labels[p], p),
+                (p for p, own in sites.items() if own == site and p in found.labels),
+                key=lambda p: (found.labels[p], p),
             )
             for part, chosen in enumerate(np.array_split(np.array(members, object), parts), start=1):
                 strata |= {str(p): (site, f"part {part} of {parts}") for p in chosen}

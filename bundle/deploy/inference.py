@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from ignite.engine import Engine, Events
 
@@ -20,6 +19,7 @@ from bundle.preparation.prepare import prepare, refuse_failed_rows
 from bundle.preparation.sources import find_runs
 from bundle.preparation.store import read_manifest
 from bundle.preparation.transforms import mask_kind
+from bundle.tasks.scores import mean_outputs
 from bundle.tasks.task import Task
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Predictions:
         self.store = Path(store)
         self.model = model
         self.task = task
-        self.outputs: dict[str, list[list[float]]] = {}
+        self.outputs: list[tuple[str, list[float]]] = []
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator."""
@@ -106,8 +106,7 @@ class Predictions:
         """Keep the outputs of a batch."""
         output: Any = engine.state.output
         names = output["label"]["participant_id"]
-        for name, outputs in zip(names, output["pred"].float().tolist(), strict=True):
-            self.outputs.setdefault(name, []).append(outputs)
+        self.outputs += zip(names, output["pred"].float().tolist(), strict=True)
 
     def report(self) -> None:
         """Write both files, then say which runs could not be used.
@@ -115,12 +114,9 @@ class Predictions:
         Raises:
             InputError: at least one run could not be used (the others are in the table).
         """
-        task, names = self.task, sorted(self.outputs)
-        means = task.in_units(np.array([np.mean(self.outputs[name], axis=0) for name in names]))
-        found = dict(zip(task.columns, means.T, strict=True)) | task.decisions(means, 0.0)
+        task = self.task
         said = {name: meaning for name, meaning in task.describe().items() if name in task.served}
-        table = pd.DataFrame({"participant_id": names} | {name: found[name] for name in said})
-        table["clips"] = [len(self.outputs[name]) for name in names]
+        table = task.table(mean_outputs(self.outputs, task), 0.0)[["participant_id", *said, "clips"]]
         path = self.output_dir / "predictions.tsv"
         rows = pd.read_csv(self.store / "summary.tsv", sep="\t", keep_default_na=False).to_dict("records")
         scored = {row["run_id"] for row in rows if row["status"] not in REFUSED}

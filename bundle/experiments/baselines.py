@@ -206,11 +206,19 @@ def _connectivity(of_task: Callable[[Task, int], Linear]) -> Callable[[Given], t
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline: what it makes of what is given, and whether it tells classes apart, predicts numbers, or both."""
+    """A baseline.
+
+    Attributes:
+        make: features and model of what is given.
+        classes: it can tell classes apart.
+        numbers: it can predict a number.
+        of_labels: it looks at the labels of an atlas.
+    """
 
     make: Callable[[Given], tuple[Features, BaseEstimator]]
     classes: bool = True
     numbers: bool = True
+    of_labels: bool = False
 
     def suits(self, kind: str) -> bool:
         """Whether it can be used for a kind of task."""
@@ -223,13 +231,17 @@ BASELINES: dict[str, Baseline] = {
     "site": Baseline(_columns("site")),
     "site_age_sex": Baseline(_columns("site", "age", "sex")),
     "head_motion": Baseline(_head_motion),
-    "connectivity_logistic": Baseline(_connectivity(lambda task, seed: task.linear(seed)), numbers=False),
-    "connectivity_svm": Baseline(
-        _connectivity(lambda task, seed: (LinearSVC(random_state=seed), *task.linear(seed)[1:])), numbers=False
+    "connectivity_logistic": Baseline(
+        _connectivity(lambda task, seed: task.linear(seed)), numbers=False, of_labels=True
     ),
-    "connectivity_ridge": Baseline(_connectivity(lambda task, seed: task.linear(seed)), classes=False),
+    "connectivity_svm": Baseline(
+        _connectivity(lambda task, seed: (LinearSVC(random_state=seed), *task.linear(seed)[1:])),
+        numbers=False,
+        of_labels=True,
+    ),
+    "connectivity_ridge": Baseline(_connectivity(lambda task, seed: task.linear(seed)), classes=False, of_labels=True),
 }
-OF_LABELS = ("connectivity_logistic", "connectivity_svm", "connectivity_ridge")
+OF_LABELS = tuple(name for name, baseline in BASELINES.items() if baseline.of_labels)
 """Those that take an atlas."""
 
 
@@ -254,7 +266,7 @@ def run_baseline(
         cache: folder of the region series, which all folds share.
         resamples: bootstrap resamples.
         seed: of the inner folds and of the bootstrap.
-        target: `column`, `task` and `classes`, as for `bundle.data.targets.read_target`; the diagnosis if None.
+        target: `target`, `task` and `classes`, as for `bundle.data.targets.read_target`; the diagnosis if None.
         atlas: whose labels connectivity is of; see `bundle.anatomy.atlas.load_atlas`.
 
     Returns:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bundle.anatomy import grid
-from bundle.anatomy.atlas import AAL3, Atlas, load_atlas
+from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.errors import InputError
 from bundle.experiments.baselines import region_series
 from bundle.files import write_text
@@ -168,6 +168,9 @@ def _features(
     prepare, loaded = Compose(transforms), load_atlas(atlas)
     edge, _ = encoder.tokens_of(STAGE)
     shares = token_shares(atlas, edge, encoder.image_size)
+    runs = {part.clips[0]["run_id"] for part in parts}  # of which two parts may be halves
+    courses = {name: region_series(store, read_run(store, name), loaded) for name in runs}
+    outlines = {name: _outline(store, name, edge) for name in runs}
     rows: dict[str, list[NDArray]] = {name: [] for name in FEATURES}
     series = []
     for part in tqdm(parts, desc="features", unit="part"):
@@ -180,8 +183,8 @@ def _features(
         rows["mean token"].append(torch.stack(means).mean(0).cpu().double().numpy())
         rows["connectivity of tokens"].append(correlation_of_labels(torch.cat(labels)).cpu().double().numpy())
         run_id = part.clips[0]["run_id"]
-        rows["brain mask"].append(_outline(store, run_id, edge))
-        series.append(_series(store, run_id, loaded).iloc[slice(*part.frames)])
+        rows["brain mask"].append(outlines[run_id])
+        series.append(courses[run_id].iloc[slice(*part.frames)])
     shared = [name for name in series[0] if all(name in own for own in series)]
     upper = np.triu_indices(len(shared), 1)
     rows["connectivity of labels"] = [np.nan_to_num(np.corrcoef(own[shared].T.to_numpy()))[upper] for own in series]
@@ -197,7 +200,3 @@ def _outline(store: str | Path, run_id: str, edge: int) -> NDArray[np.float64]:
     places = np.stack(np.unravel_index(read_voxels(store, run_id), grid.SHAPE)) // edge
     cubes = [size // edge for size in grid.SHAPE]
     return np.bincount(np.ravel_multi_index(tuple(places), cubes), minlength=int(np.prod(cubes))).astype(float)
-
-
-def _series(store: str | Path, run_id: str, atlas: Atlas) -> pd.DataFrame:
-    return region_series(store, read_run(store, run_id), atlas)

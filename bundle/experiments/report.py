@@ -26,11 +26,6 @@ from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
-SEPARATION = {
-    "binary": "Part of the difference between the two classes' mean logits",
-    "multiclass": "Part of the difference between the last class's and the others' mean logit for it",
-    "regression": "Part of the slope of the prediction over the true value",
-}
 Trials = list[tuple[Path, dict]]
 
 
@@ -82,7 +77,6 @@ def write_report(results: str | Path, resamples: int = 2000, seed: int = 0, refe
         "data": data,
         "plan": plan,
         "reference": reference,
-        "separation": SEPARATION[task.kind],
         "task": task,
         "metrics": [name for name in (*task.metrics, f"{task.within}_within_site") if name in table],
         "outcome": outcome,

@@ -72,6 +72,11 @@ class Sweep:
     steps: Sequence[str] = ("reconstruct",)
     bootstrap_resamples: int = 2000
 
+    @property
+    def predicted(self) -> dict[str, Any]:
+        """The entries that say what is predicted, as `bundle.data.targets` takes them."""
+        return {"target": self.target, "task": self.task, "classes": self.classes}
+
 
 def read_sweep(path: str | Path, **changes: Any) -> Sweep:
     """Read a sweep's JSON file; `changes` that are not None replace its entries.
@@ -187,8 +192,8 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
     """
     runs = read_manifest(sweep.store)["runs"]
     results = Path(sweep.results).absolute()
-    target = {"target": sweep.target, "task": sweep.task, "classes": sweep.classes}
-    kind = target_of(runs, sweep.target, sweep.task, sweep.classes, sweep.store).kind
+    target = sweep.predicted
+    kind = target_of(runs, **target, source=sweep.store).kind
     named = [own.baseline or own.name for own in baselines(sweep)]
     if unsuited := [name for name in named if not BASELINES[name].suits(kind)]:
         raise InputError(f"the baseline {unsuited[0]} does not suit a {kind} target; {suitable(kind)}")
@@ -364,10 +369,10 @@ def describe_data(sweep: Sweep) -> dict[str, Any]:
     """Summary of a sweep's data for the report; `synthetic` is None where the source files are gone."""
     manifest = read_manifest(sweep.store)
     runs = manifest["runs"]
-    strata = strata_of(runs, sweep.target, sweep.task, sweep.classes)
+    strata = strata_of(runs, **sweep.predicted)
     people = pd.DataFrame(list(strata.values()), columns=["site", "group"])
     counts = people.groupby(["site", "group"]).size().rename("participants").reset_index()
-    target = target_of(runs, sweep.target, sweep.task, sweep.classes, sweep.store)
+    target = target_of(runs, **sweep.predicted, source=sweep.store)
     return {
         "store": str(Path(sweep.store).absolute()),
         "target": {

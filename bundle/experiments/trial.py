@@ -162,8 +162,7 @@ def _write(trial: Trial, record: dict) -> None:
 def _baseline_stages(trial: Trial) -> dict[str, Callable[[], Any]]:
     series = Path(trial.folder).parents[1] / "series"
     name, folder = trial.strategy.baseline or trial.strategy.name, Path(trial.folder)
-    target = {"column": trial.target["target"], "task": trial.target["task"], "classes": trial.target["classes"]}
-    settings = (trial.resamples, trial.seed, target, trial.atlas)
+    settings = (trial.resamples, trial.seed, trial.target, trial.atlas)
     return {"test": partial(run_baseline, name, trial.store, trial.splits_file, folder, series, *settings)}
 
 

@@ -1,1 +1,1 @@
-"""Readouts of an encoder: light heads that turn its tokens into one logit."""
+"""What is read of an encoder: heads that turn its tokens into the outputs of a task."""

@@ -8,19 +8,16 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.base import BaseEstimator
 from sklearn.calibration import calibration_curve
-from sklearn.dummy import DummyClassifier
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from bundle.errors import InputError
-from bundle.tasks.task import Floats, Linear, Measures, Results, Task, auroc, independent_pairs, mean_of
+from bundle.tasks.classes import OfClasses
+from bundle.tasks.task import Floats, Measures, Results, auroc, independent_pairs, mean_of
 
-PENALTIES = [10.0**k for k in range(-4, 3)]
 
-
-class Binary(Task):
+class Binary(OfClasses):
     """The class above a threshold that is fixed on validation subjects.
 
     Measures: `auroc`; `auprc`, the average precision; `balanced_accuracy` and `accuracy` at the threshold; `brier`, the
@@ -31,6 +28,9 @@ class Binary(Task):
     metrics = ("auroc", "auprc", "balanced_accuracy", "accuracy", "brier")
     compared = ("auroc", "accuracy")
     within = "auroc"
+    scoring = "roc_auc"
+    drawn = "Calibration"
+    separation = "Part of the difference between the two classes' mean logits"
 
     @property
     def chance(self) -> dict[str, float]:
@@ -73,7 +73,7 @@ class Binary(Task):
         """See the class."""
         positive = tested.labels == 1
         logits = tested.outputs[..., 0]
-        right = self._right(tested)
+        right = self.right(tested)
         ranks = auroc(tested, logits, positive)
         precision = average_precision(tested, logits, positive)
         recalls = mean_of(right, positive), mean_of(right, ~positive)
@@ -86,13 +86,9 @@ class Binary(Task):
 
         return measured
 
-    def _right(self, tested: Results) -> Floats:
+    def right(self, tested: Results) -> Floats:
         """Share of seeds that are right about each subject, (n,)."""
         return ((tested.outputs[..., 0] > tested.thresholds) == (tested.labels[:, None] == 1)).mean(1)
-
-    def gains(self, tested: Results, metric: str) -> Floats | None:
-        """Whether a subject is called right."""
-        return self._right(tested) if metric == "accuracy" else None
 
     def rankings(self, tested: Results) -> list[tuple[Floats, NDArray[np.bool_]]]:
         """The logits."""
@@ -119,20 +115,12 @@ class Binary(Task):
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=f"probability of {self.classes[1]}", ylabel="share seen")
         axes.set_title(f"Calibration, {len(tested.labels)} subjects in {len(seen)} bins")
 
-    def linear(self, seed: int) -> Linear:
-        """Logistic regression."""
-        return LogisticRegression(max_iter=5000, random_state=seed), {"C": PENALTIES}, "roc_auc"
-
     def predict(self, model: BaseEstimator, rows: Any) -> Floats:
         """The distance to the boundary, or the log odds."""
         if hasattr(model, "decision_function"):
             return np.asarray(model.decision_function(rows), float).reshape(-1, 1)
         log = model.predict_log_proba(rows)  # (n, 2)
         return (log[:, 1] - log[:, 0])[:, None]
-
-    def constant(self) -> BaseEstimator:
-        """The classes' shares in the training set."""
-        return DummyClassifier(strategy="prior")
 
 
 def average_precision(tested: Results, scores: Floats, positive: NDArray[np.bool_]) -> Measures:

@@ -7,17 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 from sklearn.base import BaseEstimator
-from sklearn.dummy import DummyClassifier
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bundle.tasks.binary import PENALTIES
-from bundle.tasks.task import Floats, Linear, Measures, Results, Task, auroc, independent_pairs, mean_of, seeds_of
+from bundle.tasks.classes import OfClasses
+from bundle.tasks.task import Floats, Measures, Results, auroc, independent_pairs, mean_of, seeds_of
 
 
-class Multiclass(Task):
+class Multiclass(OfClasses):
     """The class with the largest logit.
 
     Measures: `macro_auroc`, the mean over classes of each against the rest, by its probability; `balanced_accuracy`,
@@ -29,6 +27,9 @@ class Multiclass(Task):
     metrics = ("macro_auroc", "balanced_accuracy", "macro_f1", "accuracy")
     compared = ("macro_auroc", "accuracy")
     within = "macro_auroc"
+    scoring = "roc_auc_ovr"
+    drawn = "Confusion"
+    separation = "Part of the difference between the last class's and the others' mean logit for it"
 
     @property
     def chance(self) -> dict[str, float]:
@@ -62,7 +63,7 @@ class Multiclass(Task):
 
     def measures(self, tested: Results) -> Measures:
         """See the class."""
-        right = self._right(tested)
+        right = self.right(tested)
         present = [number for number in range(len(self.classes)) if (tested.labels == number).any()]
         ranks = [auroc(tested, scores, positive) for scores, positive in self.rankings(tested)]
         recalls = [mean_of(right, tested.labels == number) for number in present]
@@ -84,13 +85,9 @@ class Multiclass(Task):
 
         return measured
 
-    def _right(self, tested: Results) -> Floats:
+    def right(self, tested: Results) -> Floats:
         """Share of seeds that are right about each subject, (n,)."""
         return (tested.outputs.argmax(-1) == tested.labels[:, None]).mean(1)
-
-    def gains(self, tested: Results, metric: str) -> Floats | None:
-        """Whether a subject is called right."""
-        return self._right(tested) if metric == "accuracy" else None
 
     def rankings(self, tested: Results) -> list[tuple[Floats, NDArray[np.bool_]]]:
         """Each class against the rest, by its probability, where some have it and some have not."""
@@ -123,16 +120,8 @@ class Multiclass(Task):
         axes.set_yticks(numbers, self.classes)
         axes.set(xlabel="predicted", ylabel=self.column, title=f"Share of each class, {len(tested.labels)} subjects")
 
-    def linear(self, seed: int) -> Linear:
-        """Multinomial logistic regression."""
-        return LogisticRegression(max_iter=5000, random_state=seed), {"C": PENALTIES}, "roc_auc_ovr"
-
     def predict(self, model: BaseEstimator, rows: Any) -> Floats:
         """The decision functions, or the logarithms of the probabilities."""
         if hasattr(model, "decision_function"):
             return np.asarray(model.decision_function(rows), float)
         return np.log(np.clip(model.predict_proba(rows), 1e-12, None))
-
-    def constant(self) -> BaseEstimator:
-        """The classes' shares in the training set."""
-        return DummyClassifier(strategy="prior")

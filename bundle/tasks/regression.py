@@ -28,6 +28,8 @@ class Regression(Task):
     metrics = ("r2", "pearson_r", "mae")
     compared = ("r2", "mae")
     within = "pearson_r"
+    drawn = "Predicted against true"
+    separation = "Part of the slope of the prediction over the true value"
 
     @property
     def chance(self) -> dict[str, float]:

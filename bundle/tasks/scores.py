@@ -1,6 +1,6 @@
 """The metric of every task: one score per subject, averaged over its clips, and measured once over subjects."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import ignite.distributed as idist
 import numpy as np
@@ -71,14 +71,20 @@ class SubjectScores(EngineMetric):
 
 def average_per_subject(clips: Sequence[Clip], task: Task) -> pd.DataFrame:
     """Average the outputs of each subject's clips: `participant_id`, `label`, the task's columns and `clips`."""
+    table = mean_outputs([(participant, output) for participant, _, output in clips], task)
+    labels = {participant: label for participant, label, _ in clips}
+    table.insert(1, "label", table["participant_id"].map(labels))
+    return table
+
+
+def mean_outputs(clips: Iterable[tuple[str, list[float]]], task: Task) -> pd.DataFrame:
+    """Average outputs by participant, in units: `participant_id`, sorted, the task's columns, and `clips`, how many."""
     outputs: dict[str, list[list[float]]] = {}
-    labels: dict[str, float] = {}
-    for participant, label, output in clips:
+    for participant, output in clips:
         outputs.setdefault(participant, []).append(output)
-        labels[participant] = label
     names = sorted(outputs)
     means = task.in_units(np.array([np.mean(outputs[name], axis=0) for name in names]))
-    table = pd.DataFrame({"participant_id": names, "label": [labels[name] for name in names]})
+    table = pd.DataFrame({"participant_id": names})
     table[list(task.columns)] = means
     return table.assign(clips=[len(outputs[name]) for name in names])
 

@@ -59,6 +59,10 @@ class Task(ABC):
     """Measures of which differences between strategies are tested: one of ranks or errors, and one that is a mean."""
     within: ClassVar[str]
     """The measure that is also taken within sites."""
+    drawn: ClassVar[str]
+    """What `draw` shows."""
+    separation: ClassVar[str]
+    """What `bundle.evaluation.attribution` calls separation."""
 
     def __init__(self, column: str, classes: Sequence[str] = (), mean: float = 0.0, sd: float = 1.0) -> None:
         self.column, self.classes, self.mean, self.sd = column, tuple(classes), float(mean), float(sd)
@@ -145,10 +149,8 @@ class Task(ABC):
         """A scikit-learn model that does not look at its input."""
 
     def strata(self, labels: Floats) -> list[NDArray[np.int64]]:
-        """Positions of the subjects that are resampled apart: the members of each class, or everybody."""
-        if not self.classes:
-            return [np.arange(len(labels))]
-        return [np.flatnonzero(labels == number) for number in reversed(range(len(self.classes)))]
+        """Positions of the subjects that are resampled apart: everybody, or the members of each class."""
+        return [np.arange(len(labels))]
 
     def trials(self, tested: Results) -> dict[str, int]:
         """Independent trials behind each measure that is 1 where all of them succeed, see `with_intervals`."""

@@ -156,9 +156,7 @@ class KeepCheckpoints:
             self._unvalidated = state_of(self.objects)  # weights stay while the epoch is validated
         if engine.state.stop if idist.get_world_size() > 1 else engine.state.stop_signal:
             self._stop(engine)
-        elif (
-            engine.state.stop_signal and self._unvalidated is not None
-        ):  # it came after the last agreement of the epoch
+        elif engine.state.stop_signal and self._unvalidated is not None:  # after the last agreement of the epoch
             self._asked_to_stop(engine, engine.state.stop_signal)
         elif time.monotonic() - self.saved_s >= self.seconds and idist.get_rank() == 0:
             self._require_finite(engine)

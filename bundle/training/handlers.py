@@ -113,10 +113,8 @@ class Throughput:
     def report(self, engine: Trainer) -> None:
         """Add the metrics of the epoch; there are none where only its validation was left."""
         if self.clips:
-            now, left = (
-                time.perf_counter(),
-                engine.state.max_epochs * engine.state.epoch_length - engine.state.iteration,
-            )
+            now = time.perf_counter()
+            left = engine.state.max_epochs * engine.state.epoch_length - engine.state.iteration
             engine.state.metrics |= {
                 "clips_per_second": self.clips / (now - self.epoch_start),
                 "waiting_for_data": self.waited / (now - self.epoch_start),

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
-from bundle.networks.swin_mamba import Windows, fit_window, halve
+from bundle.networks.swin_mamba import halve
+from bundle.networks.windows import Windows, fit_window
 from bundle.training.losses import masked_mse
 from scripts.benchmarks.cases import FULL, QUICK, clip, stages
 from scripts.benchmarks.measure import machine, markdown

@@ -18,7 +18,8 @@ from bundle.data.normalisation import Normalisation
 from bundle.data.transforms import ReadClipd, ScatterClipd, TimeLastd
 from bundle.networks.mamba import STATES
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
-from bundle.networks.swin_mamba import SwinMambaEncoder, WindowBlock, fit_window
+from bundle.networks.swin_mamba import SwinMambaEncoder, WindowBlock
+from bundle.networks.windows import fit_window
 from bundle.preparation.store import write_run
 from bundle.training.losses import masked_mse
 

@@ -38,7 +38,7 @@ from bundle.preparation.store import (
     write_record,
     write_run,
 )
-from bundle.tasks.binary import PENALTIES
+from bundle.tasks.classes import PENALTIES
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,13 @@ COARSE_SHAPE = (25, 30, 25)
 COARSE_AFFINE = nib.affines.from_matvec(np.diag([8.0, 8.0, 8.0]), [-98.0, -130.0, -80.0])
 
 
+def touch(path: Path, content: str = "") -> Path:
+    """Write a small text file, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
 def coarse_brain() -> np.ndarray:
     """The MNI152 brain mask at 8 mm, by scipy."""
     template = load_mni152_brain_mask(resolution=2)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from bundle.errors import InputError
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.networks.redundancy import REACH, RedundancyDropout, draw, redundancy
-from bundle.networks.swin_mamba import SwinMambaEncoder, WindowBlock, Windows, fit_window
+from bundle.networks.swin_mamba import SwinMambaEncoder, WindowBlock
+from bundle.networks.windows import Windows, fit_window
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": [24, 24, 24], "frames": 6, "embed_dim": 4, "depths": [2, 2], "window_size": [2, 2, 2, 4]}

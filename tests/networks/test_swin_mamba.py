@@ -21,13 +21,11 @@ from bundle.networks.masked_autoencoder import MASK_TOKENS, MaskedAutoencoder
 from bundle.networks.swin_mamba import (
     SwinMambaEncoder,
     WindowBlock,
-    Windows,
-    fit_window,
     halve,
     join_patches,
     split_patches,
-    split_windows,
 )
+from bundle.networks.windows import Windows, fit_window, split_windows
 
 SMALL = {"image_size": [24, 24, 24], "frames": 6, "embed_dim": 4, "depths": [2, 2], "window_size": [2, 2, 2, 4]}
 SMALL["first_window_size"] = [2, 2, 2, 4]

@@ -174,6 +174,7 @@ def encoder_rows(design: Design, folder: Path, settings: Mapping[str, Any]) -> I
     }
     for head in heads.values():
         head.encoder = encoder
+        head.to(encoder.patch_embedding.weight.device)
     none = np.zeros(np.prod(grid.SHAPE), bool)
     kinds = {False: none}
     if design.shift:
@@ -196,21 +197,22 @@ def encoder_rows(design: Design, folder: Path, settings: Mapping[str, Any]) -> I
 
 
 def load_frozen(settings: Mapping[str, Any], seed: int) -> tuple[SwinMambaEncoder, Normalisation]:
-    """A frozen encoder and the units that it sees.
+    """A frozen encoder, on a CUDA device where there is one, and the units that it sees.
 
     Args:
         settings: `{"checkpoint": path}`, or `{"size": arguments of the encoder, "normalisation": arguments}`.
         seed: of random weights.
     """
-    if "checkpoint" not in settings:
+    if "checkpoint" in settings:
+        saved = load_checkpoint(settings["checkpoint"])
+        facts = saved_facts(saved, settings["checkpoint"])
+        encoder, normalisation = SwinMambaEncoder(**facts["network"]), facts["normalisation"]
+        encoder.load_state_dict(encoder_weights(saved), strict=True)
+    else:
         torch.manual_seed(seed)
-        encoder = SwinMambaEncoder(**settings["size"])
-        return encoder.requires_grad_(False).eval(), Normalisation(**settings["normalisation"])
-    saved = load_checkpoint(settings["checkpoint"])
-    facts = saved_facts(saved, settings["checkpoint"])
-    encoder = SwinMambaEncoder(**facts["network"])
-    encoder.load_state_dict(encoder_weights(saved), strict=True)
-    return encoder.requires_grad_(False).eval(), Normalisation(**facts["normalisation"])
+        encoder, normalisation = SwinMambaEncoder(**settings["size"]), settings["normalisation"]
+    encoder = encoder.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return encoder, Normalisation(**normalisation)
 
 
 @torch.no_grad()
@@ -222,7 +224,7 @@ def _features(
     heads: Mapping[str, CovarianceReadout],
     moved: NDArray[np.bool_],
 ) -> dict[str, Tensor]:
-    """Of a whole run: the last stage's tokens (C, tokens, c), and each covariance readout's features (C, T, L, c).
+    """Of a run, on the CPU: the last stage's tokens (C, tokens, c), each covariance readout's features (C, T, L, c).
 
     Args:
         folder: the store.
@@ -237,7 +239,8 @@ def _features(
     columns = moved[voxels]
     frames[:, columns] = np.roll(frames[:, columns], len(frames) // 2, axis=0)
     whole = {"bold": frames, "voxels": voxels, "moments": store.read_moments(folder, name), "record": run}
-    to_image = Compose([TakeClipd(frames=encoder.frames), ScatterClipd(normalisation), TimeLastd()])
+    device = encoder.patch_embedding.weight.device
+    to_image = Compose([TakeClipd(frames=encoder.frames), ScatterClipd(normalisation, device), TimeLastd()])
     found: dict[str, list[Tensor]] = {key: [] for key in ("tokens", *heads)}
     for clip in clips([run], encoder.frames, encoder.frames):
         image = to_image(clip | whole)["image"].as_tensor()[None]
@@ -245,7 +248,7 @@ def _features(
         found["tokens"].append(stages[-1].flatten(1, 4))
         for key, head in heads.items():
             found[key].append(pool(stages[head.stage], head.shares))
-    return {key: torch.cat(parts) for key, parts in found.items()}
+    return {key: torch.cat(parts).cpu() for key, parts in found.items()}
 
 
 def _covariance(head: CovarianceReadout, seed: int, rows: list, labels: NDArray, test: list) -> NDArray:

@@ -8,7 +8,7 @@ import fire
 from bundle.errors import InputError
 from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
-from scripts.benchmarks.gpu import gpu
+from scripts.benchmarks.gpu import gpu, profile
 from scripts.benchmarks.kernels import kernels
 from scripts.benchmarks.redundancy_effect import redundancy_effect
 from scripts.benchmarks.report import report
@@ -26,6 +26,7 @@ def main() -> None:
     commands = {
         "table": table,
         "gpu": gpu,
+        "profile": profile,
         "scaling": scaling,
         "memory": memory,
         "background": background,

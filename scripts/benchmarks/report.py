@@ -7,7 +7,7 @@ from pathlib import Path
 from bundle.errors import InputError
 from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
-from scripts.benchmarks.gpu import gpu
+from scripts.benchmarks.gpu import gpu, profile
 from scripts.benchmarks.kernels import kernels
 from scripts.benchmarks.scaling import memory, scaling
 from scripts.benchmarks.table import table
@@ -20,6 +20,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "scaling": scaling,
     "floor": floor,
     "gpu": gpu,
+    "profile": profile,
     "kernels": kernels,
     "augmentation": augmentation,
     "redundancy": redundancy,
@@ -34,7 +35,7 @@ def report(
 
     Args:
         sections: one or several of table, memory, background, scaling, floor, augmentation, redundancy; kernels where
-            triton is installed; gpu where there is one.
+            triton is installed; gpu and profile where there is a GPU.
         page: Markdown with `<!-- benchmarks NAME -->` ... `<!-- end -->` around each section.
 
     Raises:

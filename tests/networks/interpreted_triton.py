@@ -1,7 +1,9 @@
-"""The Triton kernels in Triton's interpreter, on a CPU: test_triton_scan.py runs this file in a process of its own.
+"""The Triton kernels in Triton's interpreter, or on a GPU: test_triton_scan.py runs this file in a process of its own.
 
 Whether functions are interpreted is settled when triton is imported, and not for this process's other tests.
 """
+
+import os
 
 import pytest
 import torch
@@ -14,12 +16,21 @@ from bundle.networks import mamba, triton_scan
 from bundle.networks.mamba import KERNEL, STATES, Mamba, around
 from bundle.networks.scan import selective_scan, selective_scan_loop
 from bundle.networks.swin_mamba import WindowBlock
-from bundle.networks.triton_scan import BLOCK, CHUNK, CONVOLVE, convolve, gated_scan
+from bundle.networks.triton_scan import BLOCK, CHUNK, CONVOLVE
 from scripts.benchmarks.measure import kernels_with
 
 SCAN = ("y", "u", "step", "A", "B", "C", "D", "gate")
 CONVOLUTION = ("y", "x", "weight", "bias")
 AROUND_FLOAT32 = 3e-6  # of the largest value; seen: below 7e-7
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+
+def gated_scan(*tensors):
+    return triton_scan.gated_scan(*(tensor.to(DEVICE) for tensor in tensors)).cpu()
+
+
+def convolve(*tensors):
+    return triton_scan.convolve(*(tensor.to(DEVICE) for tensor in tensors)).cpu()
 
 
 def scan_arguments(rows=2, length=5, channels=3, seed=0):
@@ -146,8 +157,8 @@ def test_what_is_not_a_number_stays_so():
 
 def test_halves_of_a_projection_and_scattered_tokens_give_the_same():
     """`chunk` and `split` return views; their gradients come back in the shape of the views."""
-    u, step, a, b, c, d, gate = single(scan_arguments(2, 10, 5))
-    both, weights = torch.cat([u, gate], -1), torch.cat([b, torch.zeros(2, 10, 1), c], -1)
+    u, step, a, b, c, d, gate = (tensor.to(DEVICE) for tensor in single(scan_arguments(2, 10, 5)))
+    both, weights = torch.cat([u, gate], -1), torch.cat([b, b[..., :1], c], -1)
     left, right = both.chunk(2, dim=-1)
     b_view, _, c_view = weights.split([STATES, 1, STATES], dim=-1)
     late = step.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()  # tokens before windows
@@ -159,7 +170,7 @@ def test_halves_of_a_projection_and_scattered_tokens_give_the_same():
         strict=True,
     ):
         assert torch.equal(ours, plain)
-    x, weight, bias = single(convolution_arguments(2, 10, 5))
+    x, weight, bias = (tensor.to(DEVICE) for tensor in single(convolution_arguments(2, 10, 5)))
     view = torch.cat([x, x], -1).chunk(2, dim=-1)[1]
     for ours, plain in zip(
         value_and_gradients(convolve, [view, weight, bias]),
@@ -200,12 +211,12 @@ def ours(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_blocks_train_alike_with_both(ours, checkpointing):
     """A block of a network, with padding, in float32, and in bf16 autocast as far as bf16 allows."""
-    block = WindowBlock(4, (2, 2, 2, 4), shifted=True, checkpointing=checkpointing)
-    tokens = torch.randn(1, 2, 2, 2, 3, 4)
+    block = WindowBlock(4, (2, 2, 2, 4), shifted=True, checkpointing=checkpointing).to(DEVICE)
+    tokens = torch.randn(1, 2, 2, 2, 3, 4).to(DEVICE)
     results = []
     for kernels, half in ((around(selective_scan), False), (ours, False), (ours, True)):
         block.zero_grad()
-        with kernels_with(kernels), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with kernels_with(kernels), torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
             output = block(tokens)
             output.float().square().mean().backward()
         results.append([output.detach(), *(parameter.grad.clone() for parameter in block.parameters())])
@@ -220,13 +231,13 @@ def test_our_kernels_run_in_a_layer(ours, monkeypatch):
         way = getattr(triton_scan, name)
         monkeypatch.setattr(triton_scan, name, lambda *t, way=way, name=name: calls.append(name) or way(*t))
     with kernels_with(ours):
-        Mamba(4)(torch.randn(1, 2, 4))
+        Mamba(4).to(DEVICE)(torch.randn(1, 2, 4).to(DEVICE))
     assert calls == ["convolve", "gated_scan"]
 
 
 def test_a_graph_never_loses_the_scan(ours):
     """Traced and exported layers run with other input, so what Triton does must not be left out of them."""
-    layer, tokens = Mamba(4).eval(), torch.randn(1, 5, 4)
+    layer, tokens = Mamba(4).eval().to(DEVICE), torch.randn(1, 5, 4).to(DEVICE)
     with kernels_with(ours), torch.no_grad():
         expected = layer(tokens / 2)
         exported = torch.export.export(layer, (tokens,)).module()
@@ -236,7 +247,7 @@ def test_a_graph_never_loses_the_scan(ours):
 
 
 def test_trying_out_works_and_refuses_an_old_triton(monkeypatch):
-    triton_scan.try_out(torch.device("cpu"))
+    triton_scan.try_out(DEVICE)
     monkeypatch.setattr(triton_scan, "OLDEST", (99, 0))
     with pytest.raises(ImportError, match=r"older than 99\.0"):
-        triton_scan.try_out(torch.device("cpu"))
+        triton_scan.try_out(DEVICE)

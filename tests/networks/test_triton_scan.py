@@ -1,6 +1,6 @@
-"""The Triton kernels: their results in Triton's interpreter, and that they compile for A100 and H100 without spills.
+"""The Triton kernels: their results in Triton's interpreter, and on a GPU where there is one.
 
-Not covered: a GPU. What the kernels compute there, and how fast, is not known.
+And that they compile for A100 and H100 without spills.
 """
 
 import importlib.util
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bundle.errors import InputError
 from scripts.benchmarks.kernels import ARCHITECTURES, HALF, SINGLE, kernels, launched, usage
@@ -26,9 +27,12 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @needs_triton
-def test_results_in_the_interpreter():
+@pytest.mark.parametrize("interpreted", ["1", "0"], ids=["in the interpreter", "on a GPU"])
+def test_results(interpreted):
+    if interpreted == "0" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
     command = ("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/networks/interpreted_triton.py")
-    done = python(*command, TRITON_INTERPRET="1")
+    done = python(*command, TRITON_INTERPRET=interpreted)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 15, done.stdout
     assert "skipped" not in done.stdout

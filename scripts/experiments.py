@@ -1,7 +1,7 @@
 """Commands for whole experiments: the sweep over masking strategies, its report, and the truth test."""
 
 from bundle.errors import InputError
-from bundle.experiments.dynamics import read_plan, run_plan, write_tables
+from bundle.experiments.dynamics import read_plan, rebuilt, run_plan, write_tables
 from bundle.experiments.one_run import one_run as rebuild_one_run
 from bundle.experiments.one_run import pretraining_overrides
 from bundle.experiments.report import write_report
@@ -47,21 +47,31 @@ def report(results: str, resamples: int = 2000) -> None:
     write_report(results, resamples=resamples)
 
 
-def dynamics(config: str = "configs/dynamics.json", results: str | None = None, workers: int = 1) -> None:
+def dynamics(
+    config: str = "configs/dynamics.json",
+    results: str | None = None,
+    cohorts: list | None = None,
+    workers: int = 1,
+) -> None:
     """Test what readouts of frozen encoders, and plain connectivity, see on cohorts whose truth is known.
 
-    Pretrains the encoders, tests them on every cohort, and writes dynamics.csv and dynamics_differences.csv; run again,
-    it goes on.
+    Pretrains the encoders, tests them on every cohort, and writes dynamics.csv, dynamics_differences.csv and
+    dynamics_r2.csv; run again, it goes on.
 
     Args:
         config: JSON file of the plan.
         results: folder of the results, instead of the plan's.
-        workers: cohorts at a time on this machine.
+        cohorts: names of cohorts, instead of the plan's.
+        workers: pretrainings, and then cohorts, at a time on this machine.
     """
-    plan = read_plan(config, results=results)
+    plan = read_plan(config, results=results, cohorts=cohorts)
     table, compared = write_tables(plan, run_plan(plan, workers))
+    print("Temporal R² of hidden regions of test subjects of a SYNTHETIC cohort")
+    print(rebuilt(plan).to_string(index=False, float_format="%.3f"))
+    if table.empty:
+        return
     plain = table[(table["size"] == 0) & ~table["shuffled"] & ~table["shifted"]]
-    print("AUROC over subjects of SYNTHETIC cohorts, or of real time courses painted into MNI volumes")
+    print("\nAUROC over subjects of SYNTHETIC cohorts, or of real time courses painted into MNI volumes")
     print(plain.drop(columns=["size", "shuffled", "shifted"]).to_string(index=False, float_format="%.3f"))
     print("\nDifferences on the same subjects")
     print(compared.to_string(index=False, float_format="%.3f"))

@@ -6,7 +6,8 @@ a synthetic cohort of other subjects without any difference between groups.
 
 What is done is kept: one file per cohort and encoder, `cells/<cohort>/<encoder>.csv`, with each tested subject's logit
 for every readout. A cohort's images are made where a cell is missing, and deleted afterwards. Pretraining goes on from
-its last epoch.
+its last epoch. Each pretrained encoder's network rebuilds hidden regions of the pretraining cohort's test subjects,
+beside a ridge regression.
 """
 
 import hashlib
@@ -37,6 +38,7 @@ from bundle.workers import parallel_map
 
 NO_ENCODER = "none"
 SHIFTED = ("coupling", "intensity")
+REBUILT, RIDGE = "reconstruction/reconstruction.csv", "ridge/reconstruction.csv"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Plan:
 
     Attributes:
         results: folder of the results.
-        cohorts: "nothing", or what differs between the groups (`EFFECTS`), or "painted".
+        cohorts: "nothing", or what differs between the groups (`EFFECTS`), or "painted". None at all: encoders are
+            pretrained and compared by what they rebuild.
         seeds: of the cohorts; of "painted", of its noise, and of all folds.
         encoders: name to what it is: `{"size": {...}, "normalisation": {...}}` has random weights;
             `{"mask": ..., "overrides": {...}}` is pretrained by pretrain.json, with a mask as of a sweep's strategy;
@@ -100,23 +103,45 @@ def run_plan(plan: Plan, workers: int = 1) -> pd.DataFrame:
 
     Args:
         plan: what to run.
-        workers: cohorts at a time.
+        workers: pretrainings, and then cohorts, at a time.
 
     Returns:
-        A row per tested subject: `WHAT`, `seed`, `fold`, `participant_id`, `label` and `logit`.
+        A row per tested subject: `WHAT`, `seed`, `fold`, `participant_id`, `label` and `logit`; none if the plan has no
+        cohorts, but encoders to pretrain.
     """
-    _pretrain(plan)
+    _pretrain(plan, workers)
     cohorts = [(cohort, seed) for seed in plan.seeds for cohort in plan.cohorts]
     with parallel_map(workers, None) as each:
         each(partial(_run_cohort, plan), cohorts, "cohorts")
     paths = [_cell(plan, *cohort, name) for cohort in cohorts for name in _cells(plan)]
-    return pd.concat([pd.read_csv(path, dtype={"participant_id": str}) for path in paths], ignore_index=True)
+    tables = [pd.read_csv(path, dtype={"participant_id": str}) for path in paths]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _pretrain(plan: Plan) -> None:
-    """Pretrain the encoders that are to be, one after another, each from where it was left."""
+def rebuilt(plan: Plan) -> pd.DataFrame:
+    """How well hidden regions of the pretraining cohort's test subjects are rebuilt.
+
+    Returns:
+        Rows of `encoder` (or "ridge regression"), `region` (with "all"), `temporal_r2`, `low` and `high`; each region
+        is hidden in turn, whole, at all frames.
+    """
+    wanted = _pretrained(plan)
+    files = [(name, _checkpoint(plan, name).parent / REBUILT) for name in wanted]
+    files += [("ridge regression", _checkpoint(plan, name).parent / RIDGE) for name in wanted[:1]]
+    found = []
+    for name, path in files:
+        table = pd.read_csv(path)
+        table = table[(table["measure"] == "temporal_r2") & (table["level"] != "label")]
+        table = table.rename(columns={"name": "region", "value": "temporal_r2"})
+        found.append(table[["region", "temporal_r2", "low", "high"]].assign(encoder=name))
+    columns = ["encoder", "region", "temporal_r2", "low", "high"]
+    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+
+
+def _pretrain(plan: Plan, workers: int) -> None:
+    """Pretrain the encoders that are to be, each from where it was left, and rebuild hidden regions with each."""
     folder = Path(plan.results).absolute() / "pretraining"
-    wanted = {name: settings for name, settings in plan.encoders.items() if "mask" in settings}
+    wanted = _pretrained(plan)
     if not wanted:
         return
     if plan.pretraining is None:
@@ -125,11 +150,33 @@ def _pretrain(plan: Plan) -> None:
     store = prepared_cohort(folder, subjects, "nothing", 0.0, seed, plan.duration_s)
     if not (folder / "splits.json").is_file():
         save_splits(make_splits(read_manifest(store)["runs"]), folder / "splits.json")
-    data = {"dataset_dir": store, "splits_file": folder / "splits.json", "atlas": plan.atlas}
-    for name, settings in wanted.items():
-        overrides = data | {"output_dir": _checkpoint(plan, name).parent} | plan.pretraining["overrides"]
-        overlays = Strategy(name, settings["mask"]).overlays
-        run_config("pretrain", ["pretrain", *overlays], overrides | settings.get("overrides", {}))
+    with parallel_map(workers, None) as each:
+        each(partial(_pretrain_one, plan, store), wanted, "encoders")
+    _run(plan, store, wanted[0], RIDGE, "run", [*_configs(plan, wanted[0]), "reconstruct", "ridge"])
+
+
+def _pretrained(plan: Plan) -> list[str]:
+    return [name for name, settings in plan.encoders.items() if "mask" in settings]
+
+
+def _pretrain_one(plan: Plan, store: Path, name: str) -> None:
+    configs = _configs(plan, name)
+    _run(plan, store, name, None, "pretrain", configs)
+    _run(plan, store, name, REBUILT, "run", [*configs, "reconstruct"])
+
+
+def _configs(plan: Plan, name: str) -> list[str]:
+    return ["pretrain", *Strategy(name, plan.encoders[name]["mask"]).overlays]
+
+
+def _run(plan: Plan, store: Path, name: str, result: str | None, run_id: str, configs: list[str]) -> None:
+    """Run configs with an encoder's overrides, unless the result (in its folder) is there."""
+    place = _checkpoint(plan, name).parent
+    if plan.pretraining is None or (result is not None and (place / result).is_file()):
+        return
+    given = {"dataset_dir": store, "splits_file": store.parent / "splits.json", "atlas": plan.atlas}
+    given |= {"output_dir": place} | plan.pretraining["overrides"] | plan.encoders[name].get("overrides", {})
+    run_config(run_id, configs, given)
 
 
 def _checkpoint(plan: Plan, encoder: str) -> Path:
@@ -188,8 +235,13 @@ def _store(plan: Plan, folder: Path, cohort: str, seed: int) -> Path:
 def write_tables(plan: Plan, rows: pd.DataFrame, resamples: int = 2000) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write `dynamics.csv` and `dynamics_differences.csv` to the plan's results, and return both.
 
+    Writes `dynamics_r2.csv`, see `rebuilt`, beside them.
+
     Each encoder and readout is compared with the encoder that its plan names, and with both kinds of connectivity.
     """
+    write_text(Path(plan.results) / "dynamics_r2.csv", rebuilt(plan).to_csv(index=False, float_format="%.4f"))
+    if rows.empty:
+        return rows, rows
     pairs = []
     for cohort in plan.cohorts:
         for encoder, settings in plan.encoders.items():

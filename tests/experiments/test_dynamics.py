@@ -267,6 +267,14 @@ def test_pretraining_is_asked_for_with_the_plans_settings(tmp_path, small_cohort
 
     def pretrain(run_id, configs, overrides):
         calls.append((run_id, configs, overrides))
+        if "reconstruct" in configs:
+            path = overrides["output_dir"] / ("ridge" if "ridge" in configs else "reconstruction")
+            path.mkdir()
+            rows = [("temporal_r2", "all", "all", 0.2, 0.1, 0.3), ("temporal_r2", "group", "limbic", 0.1, 0.0, 0.2)]
+            rows += [("temporal_r2", "label", "Insula_L", 9, 9, 9), ("masked_mse", "all", "all", 9, 9, 9)]
+            columns = ["measure", "level", "name", "value", "low", "high"]
+            pd.DataFrame(rows, columns=columns).to_csv(path / "reconstruction.csv", index=False)
+            return
         network = MaskedAutoencoder(**SIZE)
         facts = Provenance(config={}, network=network.encoder.size, normalisation=VOXEL)
         save_checkpoint({"network": network, "provenance": facts}, overrides["output_dir"] / "best.pt")
@@ -282,7 +290,20 @@ def test_pretraining_is_asked_for_with_the_plans_settings(tmp_path, small_cohort
     path = plan_file(tmp_path, seeds=[0], encoders=encoders, pretraining=pretraining)
     rows = dynamics.run_plan(dynamics.read_plan(path))
     assert set(rows["encoder"]) == {"none", "my encoder"}
-    [(run_id, configs, overrides)] = calls
-    assert (run_id, configs) == ("pretrain", ["pretrain", "masks/random_tube"])
+    masked = ["pretrain", "masks/random_tube"]
+    wanted = [("pretrain", masked), ("run", [*masked, "reconstruct"]), ("run", [*masked, "reconstruct", "ridge"])]
+    assert [(run_id, configs) for run_id, configs, _ in calls] == wanted
+    assert calls[0][2] == calls[1][2] == calls[2][2]
+    overrides = calls[0][2]
     assert (overrides["max_epochs"], overrides["mask_ratio"]) == (2, 0.5)
     assert overrides["dataset_dir"] == tmp_path / "results" / "pretraining" / "store"
+    found = dynamics.rebuilt(dynamics.read_plan(path))
+    assert found["encoder"].tolist() == ["my encoder", "my encoder", "ridge regression", "ridge regression"]
+    assert found["region"].tolist() == ["all", "limbic"] * 2
+    assert found["temporal_r2"].tolist() == [0.2, 0.1] * 2
+    dynamics.run_plan(dynamics.read_plan(path))
+    assert [run_id for run_id, *_ in calls[3:]] == ["pretrain"]  # goes on, and what was rebuilt is there
+    only = dynamics.read_plan(plan_file(tmp_path, cohorts=[], encoders=encoders, pretraining=pretraining))
+    assert all(table.empty for table in dynamics.write_tables(only, dynamics.run_plan(only)))
+    written = pd.read_csv(tmp_path / "results" / "dynamics_r2.csv")
+    pd.testing.assert_frame_equal(written, found)

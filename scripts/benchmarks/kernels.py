@@ -13,7 +13,7 @@ from scripts.benchmarks.measure import markdown
 ARCHITECTURES = (80, 90)  # A100, H100
 HALF, SINGLE = "bf16", "fp32"
 # in float32 whatever the network computes in: states, weights, and parts of sums
-ALWAYS_SINGLE = {"A", "D", "starts", "weight", "bias", "grad_A", "grad_B", "grad_C", "grad_D", "grad_taps"}
+ALWAYS_SINGLE = {"A", "D", "starts", "weight", "bias", "grad_A_D", "grad_B", "grad_C", "grad_taps"}
 
 
 @dataclass(frozen=True)

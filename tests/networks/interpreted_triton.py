@@ -16,9 +16,10 @@ from bundle.networks import mamba, triton_scan
 from bundle.networks.mamba import KERNEL, STATES, Mamba, around
 from bundle.networks.scan import selective_scan, selective_scan_loop
 from bundle.networks.swin_mamba import WindowBlock
-from bundle.networks.triton_scan import BLOCK, CHUNK, CONVOLVE
+from bundle.networks.triton_scan import CHUNK, CONVOLVE, WALK
 from scripts.benchmarks.measure import kernels_with
 
+BLOCK = WALK["BLOCK"]
 SCAN = ("y", "u", "step", "A", "B", "C", "D", "gate")
 CONVOLUTION = ("y", "x", "weight", "bias")
 AROUND_FLOAT32 = 3e-6  # of the largest value; seen: below 7e-7

@@ -4,8 +4,11 @@ Two operations, each with its gradient: the causal convolution with its SiLU, an
 `bundle.networks.scan` with the softplus of its step sizes before it, the skip inside and the gate's SiLU after it.
 Input and results may be bfloat16 or float16; everything inside is float32.
 
-A program of the scan walks one sequence and BLOCK channels, with all states in registers. The state is stored every
-CHUNK tokens only; the backward walk recomputes the others, HELD tokens at a time. Gradients that many programs add to
+A program of the scan walks one sequence and BLOCK channels, CHUNK tokens at a time, with their states in registers. The
+state before each chunk is stored; the backward walk recomputes the others. States are (t, n, d, d, n): Triton gives the
+last two axes to the 32 threads of a warp, and the others to each thread, so that sums over channels (for B and C) and
+over states take few exchanges between threads. Loops are `while`, as the interpreters of triton 3.4 to 3.6 count to no
+number that is not a constant, with numpy 2.4. Gradients that many programs add to
 (A, B, C, D, weight, bias) are written in parts that PyTorch sums. There are no atomics: the same bits in every run on
 the same GPU.
 
@@ -15,7 +18,7 @@ Importing this module imports triton. With TRITON_INTERPRET=1 set before that, t
 # A, B, C and D are the names of the paper, and Triton's compile-time constants are capitals; it knows no unpacking,
 # and its language is not quite Python
 # ruff: noqa: N803, N806, RUF005
-# mypy: disable-error-code="misc, assignment, operator, no-untyped-def"
+# mypy: disable-error-code="misc, assignment, attr-defined, operator, no-untyped-def"
 
 import math
 from typing import Any
@@ -26,14 +29,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Sizes are chosen by what the compiler reports (`python -m scripts.benchmarks kernels`): no spills, few instructions and
-# shuffles for a token and channel, and as few registers as that allows.
+# Sizes are chosen by what the compiler reports (`python -m scripts.benchmarks kernels`): no spills, few instructions
+# and shuffles for a token and channel, and as few registers as that allows.
 STATES, KERNEL = 16, 4  # as in bundle.networks.mamba
 OLDEST = (3, 4)  # of triton; there are no spills from 3.6 on
 CHUNK = 4  # tokens that are walked at once, between two stored states
-# A warp is LANES channels by 32 / LANES groups of states; a program is one warp, with BLOCK / LANES channels in a thread.
-WALK: dict[str, Any] = {"CHUNK": CHUNK, "STATES": STATES, "LANES": 8, "BLOCK": 16}
-WALK_BACK: dict[str, Any] = {"CHUNK": CHUNK, "STATES": STATES, "LANES": 8, "BLOCK": 8}
+# A program is one warp: LANES channels by 32 / LANES groups of states, with BLOCK / LANES channels in each thread.
+WALK: dict[str, Any] = {"CHUNK": CHUNK, "STATES": STATES, "LANES": 8, "BLOCK": 8}
+WALK_BACK: dict[str, Any] = {"CHUNK": CHUNK, "STATES": STATES, "LANES": 4, "BLOCK": 8}
 CONVOLVE: dict[str, Any] = {"TOKENS": 8, "BLOCK": 32}
 # for the compiler; fused multiply-adds are its default up to triton 3.9
 WALK_OPTIONS: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
@@ -69,14 +72,14 @@ def _places(first, STATES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexp
     EACH: tl.constexpr = STATES // ACROSS
     d = first + tl.arange(0, BLOCK)
     n = tl.arange(0, ACROSS)[None, :] * EACH + tl.arange(0, EACH)[:, None]
-    d4 = first + tl.reshape(tl.arange(0, BLOCK), (1, BLOCK // LANES, LANES, 1))
-    return d, n, d4
+    d4 = first + tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    return d, n, d4[None, :, :, None]
 
 
 @triton.jit
 def _spread(x, LANES: tl.constexpr):
     """(t, d) to (t, 1, d / lanes, lanes, 1)."""
-    return tl.reshape(x, (x.shape[0], 1, x.shape[1] // LANES, LANES, 1))
+    return tl.reshape(x, (x.shape[0], x.shape[1] // LANES, LANES))[:, None, :, :, None]
 
 
 @triton.jit
@@ -286,8 +289,12 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if evenly else tensor.contiguous()
 
 
-def _check(*tensors: Tensor) -> None:
-    """The kernels would take float64 and lose half of its digits."""
+def check_types(*tensors: Tensor) -> None:
+    """Refuse float64: the kernels would take it and lose half of its digits.
+
+    Raises:
+        TypeError: a tensor is of another type than float32, bfloat16 and float16.
+    """
     for tensor in tensors:
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"The Triton kernels take float32, bfloat16 and float16, not {tensor.dtype}")
@@ -326,9 +333,10 @@ class _GatedScan(torch.autograd.Function):
                 u, step, gate, A, B, C, D, starts, grad_y.contiguous(), *grads, grad_A_D, *grad_B_C,
                 b, length, channels, *ctx.rows, **WALK_BACK, **WALK_BACK_OPTIONS,
             )  # fmt: skip
-        # few launches: one sum for A and D, another for B and C
+        # few launches: one sum for A and D, another and one cast for B and C
         grad_A, grad_D = grad_A_D.sum(0).split([channels * STATES, channels])
-        grad_B, grad_C = grad_B_C.sum(1) if blocks > 1 else grad_B_C[:, 0]
+        grad_B_C = grad_B_C.sum(1) if blocks > 1 else grad_B_C[:, 0]
+        grad_B, grad_C = grad_B_C.to(torch.promote_types(*ctx.dtypes[1:3]))
         parts = (grad_A.view(A.shape), grad_B, grad_C, grad_D)
         grad_u, grad_step, grad_gate = grads
         return grad_u, grad_step, *(p.to(dtype) for p, dtype in zip(parts, ctx.dtypes, strict=True)), grad_gate
@@ -352,7 +360,7 @@ def gated_scan(u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     Raises:
         TypeError: an argument is of another type than float32, bfloat16 and float16.
     """
-    _check(u, step, A, B, C, D, gate)
+    check_types(u, step, A, B, C, D, gate)
     return _GatedScan.apply(u, step, A, B, C, D, gate)
 
 
@@ -398,7 +406,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Raises:
         TypeError: an argument is of another type than float32, bfloat16 and float16.
     """
-    _check(x, weight, bias)
+    check_types(x, weight, bias)
     return _Convolve.apply(x, weight, bias)
 
 

@@ -7,9 +7,9 @@ Input and results may be bfloat16 or float16; everything inside is float32.
 A program of the scan walks one sequence and BLOCK channels, CHUNK tokens at a time, with their states in registers. The
 state before each chunk is stored; the backward walk recomputes the others. States are (t, n, d, d, n): Triton gives the
 last two axes to the 32 threads of a warp, and the others to each thread, so that sums over channels (for B and C) and
-over states take few exchanges between threads. Loops are `while`, as the interpreters of triton 3.4 to 3.6 count to no
-number that is not a constant, with numpy 2.4. Gradients that many programs add to
-(A, B, C, D, weight, bias) are written in parts that PyTorch sums. There are no atomics: the same bits in every run on
+over states take few exchanges between threads. Loops are `while`, as the interpreter of triton 3.6 counts up to no
+number but a constant, with numpy 2.4. Gradients that many programs add to (A, B, C, D, weight, bias) are written in
+parts that PyTorch sums. There are no atomics: the same bits in every run on
 the same GPU.
 
 Importing this module imports triton. With TRITON_INTERPRET=1 set before that, the kernels run on CPU tensors.

@@ -30,18 +30,20 @@ Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor] | 
 
 
 class Kernels(NamedTuple):
-    """What runs between the matrix products of a Mamba layer.
+    """What runs between the matrix products of a window block.
 
     Attributes:
         convolve: (x, weight, bias) to the SiLU of `_CausalConv`.
         scan: (u, step, A, B, C, D, gate, saved_states) to `selective_scan` with the softplus of the steps, times the
             SiLU of the gate.
+        norm: (layer, x, added) to x + added, or x for None, and its LayerNorm.
         plain: the scan is `selective_scan`. Others cannot use `saved_states`: it stays empty, and checkpointing runs
             them again.
     """
 
     convolve: Callable[..., Tensor]
     scan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor] | None], Tensor]
+    norm: Callable[[nn.LayerNorm, Tensor, Tensor | None], tuple[Tensor, Tensor]]
     plain: bool
 
 
@@ -122,7 +124,11 @@ def around(scan: Scan) -> Kernels:
     ) -> Tensor:
         return scan(u, functional.softplus(step), a, b, c, d, saved) * functional.silu(gate)
 
-    return Kernels(convolve, gated, scan is selective_scan)
+    def norm(layer: nn.LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = x if added is None else x + added
+        return x, layer(x)
+
+    return Kernels(convolve, gated, norm, scan is selective_scan)
 
 
 def _pytorch() -> Kernels:
@@ -131,7 +137,7 @@ def _pytorch() -> Kernels:
 
 def _triton() -> Kernels:
     """Our kernels; a network that is traced, exported or compiled runs in PyTorch, as its graph would not see them."""
-    from bundle.networks import triton_scan
+    from bundle.networks import triton_norm, triton_scan
 
     triton_scan.try_out(torch.device("cuda"))
     plain = _pytorch()
@@ -147,7 +153,12 @@ def _triton() -> Kernels:
             return plain.scan(u, step, a, b, c, d, gate, saved)
         return triton_scan.gated_scan(u, step, a, b, c, d, gate)
 
-    return Kernels(convolve, gated, plain=False)
+    def norm(layer: nn.LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        if compiled.in_graph(x):
+            return plain.norm(layer, x, added)
+        return triton_norm.residual_norm(x, added, layer.weight, layer.bias, layer.eps)
+
+    return Kernels(convolve, gated, norm, plain=False)
 
 
 def _mamba_ssm() -> Kernels:

@@ -105,12 +105,13 @@ class WindowBlock(nn.Module):
         drop: RedundancyDropout | None,
         saved_states: list[Tensor] | None = None,
     ) -> Tensor:
-        normal = self.norm1(windows)
+        norm = kernels_for(windows.device.type).norm
+        windows, normal = norm(self.norm1, windows, None)
         if real is not None:
             normal = normal.where(real, 0)
         mixed = self.mamba(normal, saved_states)
-        windows = windows + (mixed if drop is None else drop(mixed))
-        return windows + self.mlp(self.norm2(windows))
+        windows, normal = norm(self.norm2, windows, mixed if drop is None else drop(mixed))
+        return windows + self.mlp(normal)
 
 
 class PatchMerging(nn.Module):

@@ -13,7 +13,9 @@ from scripts.benchmarks.measure import markdown
 ARCHITECTURES = (80, 90)  # A100, H100
 HALF, SINGLE = "bf16", "fp32"
 # in float32 whatever the network computes in: states, weights, and parts of sums
-ALWAYS_SINGLE = {"A", "D", "starts", "weight", "bias", "grad_A", "grad_B", "grad_C", "grad_D", "grad_taps"}
+ALWAYS_SINGLE = {"A", "D", "starts", "weight", "bias", "grad_A_D", "grad_B", "grad_C", "grad_taps"}
+ALWAYS_SINGLE |= {"stream", "total", "grad_total", "grad_stream", "parts"}
+NORMS = (36, 288)  # channels of the first and the last stage
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,20 @@ class Usage:
 
 def launched() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Each kernel with the compile-time constants and options that it is launched with."""
+    from bundle.networks import triton_norm as norm
     from bundle.networks import triton_scan as ours
 
-    return {
+    found = {
         "scan, forward": (ours.walk, ours.WALK, ours.WALK_OPTIONS),
         "scan, backward": (ours.walk_back, ours.WALK_BACK, ours.WALK_BACK_OPTIONS),
         "convolution, forward": (ours.convolve_kernel, ours.CONVOLVE, ours.CONVOLVE_OPTIONS),
         "convolution, backward": (ours.convolve_back_kernel, ours.CONVOLVE, ours.CONVOLVE_OPTIONS),
     }
+    for channels in NORMS:
+        sizes, options = norm.constants(channels) | {"ADDS": True}, norm.options(channels)
+        found[f"norm of {channels}, forward"] = (norm.add_norm, sizes, options)
+        found[f"norm of {channels}, backward"] = (norm.add_norm_back, sizes | {"RESTS": True}, options)
+    return found
 
 
 def usage(kernel: Any, constants: dict[str, Any], options: dict[str, Any], architecture: int, dtype: str) -> Usage:
@@ -49,13 +57,17 @@ def usage(kernel: Any, constants: dict[str, Any], options: dict[str, Any], archi
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bundle.networks.triton_scan import SIZES
+    from bundle.networks import triton_norm, triton_scan
+
+    sizes = {*triton_scan.SIZES, *triton_norm.SIZES}
 
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in SIZES:
+        if name in sizes:
             return "i32"
+        if name == "eps":
+            return "fp32"
         return f"*{SINGLE if name in ALWAYS_SINGLE else dtype}"
 
     names = kernel.arg_names

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from bundle.networks.triton_scan import check_types
 
 TILE = 512  # values of a program at a time, 16 of a thread
-PROGRAMS = 2048  # at most, in the backward pass: so many parts are summed
+PROGRAMS = 8192  # at most, in the backward pass: so many parts are summed
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 SIZES = ("rows", "programs")
 

@@ -53,6 +53,7 @@ class Strategy:
         readout: of the encoder: an overlay of configs/readouts; None: the mean, as in train.json.
         atlas: of both stages, and of the baseline; None: that of the sweep's overrides, AAL3 if they name none.
         baseline: one of `bundle.experiments.baselines.BASELINES`, tested instead of a network.
+        harmonise: of a baseline: "combat", see `bundle.experiments.baselines.run_baseline`.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Strategy:
     readout: str | None = None
     atlas: str | None = None
     baseline: str | None = None
+    harmonise: str | None = None
 
     @property
     def overlays(self) -> list[str]:
@@ -162,7 +164,7 @@ def _write(trial: Trial, record: dict) -> None:
 def _baseline_stages(trial: Trial) -> dict[str, Callable[[], Any]]:
     series = Path(trial.folder).parents[1] / "series"
     name, folder = trial.strategy.baseline or trial.strategy.name, Path(trial.folder)
-    settings = (trial.resamples, trial.seed, trial.target, trial.atlas)
+    settings = (trial.resamples, trial.seed, trial.target, trial.atlas, trial.strategy.harmonise)
     return {"test": partial(run_baseline, name, trial.store, trial.splits_file, folder, series, *settings)}
 
 

@@ -68,6 +68,30 @@ def test_true_labels_are_those_of_the_store_and_shuffled_ones_keep_each_sites_sh
     )
 
 
+def test_a_harmonised_mean_is_that_of_combat_fitted_to_the_folds_training_subjects(store):
+    """A site that a readout is not told of goes into the mean tokens of its subjects, and comes out again."""
+    runs = records_of(store)
+    rng = np.random.default_rng(0)
+    labels = np.array([run["diagnosis"] for run in runs])
+    sites = [run["site"] for run in runs]
+    tokens = [torch.as_tensor(rng.normal(size=(2, 5, 3)) + label, dtype=torch.float32) for label in labels]
+    moved = [own + 50.0 * (site == "west") for own, site in zip(tokens, sites, strict=True)]
+    train, test = np.arange(12), np.arange(12, 18)
+
+    def logits(rows: list) -> np.ndarray:
+        given = list(zip(sites, rows, strict=True))
+        return frozen._harmonised_mean(0, [given[i] for i in train], labels[train], [given[i] for i in test])
+
+    np.testing.assert_allclose(logits(moved), logits(tokens), atol=1e-3)
+    changed = [own if i in train else 2 * own for i, own in enumerate(tokens)]
+    changed[12] = tokens[12]
+    assert logits(changed)[0] == pytest.approx(logits(tokens)[0])  # other test subjects do not matter
+    design = Design({"mean": {"kind": "mean", "harmonise": "combat"}}, folds=3, sizes=[], shift=[], seed=0)
+    rows = pd.DataFrame(encoder_rows(design, store, {"size": SIZE, "normalisation": VOXEL}))
+    assert len(rows) == 36
+    assert np.isfinite(rows["logit"]).all()
+
+
 def test_a_large_coupling_is_seen_by_connectivity_of_labels_groups_and_components(tmp_path):
     folder = planted_store(tmp_path, subjects=30, effect=6.0, frames=200, every=8)
     design = Design({}, folds=3, sizes=[], shift=[], seed=0)
@@ -249,6 +273,8 @@ def test_covariance_and_shifts_are_of_the_design_s_atlas_and_the_mean_is_of_none
     [
         ({"cohorts": ["age"]}, "cohorts are nothing, .* or painted, not 'age'"),
         ({"subject": 3}, "not a plan"),
+        ({"readouts": {"a": {"kind": "attention", "harmonise": "combat"}}}, "'a': harmonise is 'combat', and belongs"),
+        ({"readouts": {"a": {"kind": "mean", "harmonise": "other"}}}, "'a': harmonise is 'combat', and belongs"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):

@@ -1,7 +1,7 @@
 """Readouts of a frozen encoder, and plain connectivity, on the subjects of a store: each tested once, in folds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ class Design:
 
     Attributes:
         readouts: name to `{"kind": "mean", "attention" or "covariance"}` and its head's arguments; of a mean
-            `"harmonise": "combat"` takes effects of sites off the mean token, see `bundle.heads.combat.Combat`.
+            `"harmonise": "combat"` takes effects of sites off the mean token, see `bundle.heads.combat.Combat`; it has
+            all training subjects only.
         folds: in which every subject is tested once, by site and diagnosis.
         sizes: numbers of training subjects, beside all of them.
         shift: regions whose voxels are moved in time by half a run in the test subjects, as a control; none if empty.
@@ -193,13 +194,15 @@ def encoder_rows(design: Design, folder: Path, settings: Mapping[str, Any]) -> I
         elif name in heads:
             readout = partial(_covariance, heads[name], design.seed)
         rows: dict[bool, list] = {shifted: [run[key] for run in found] for shifted, found in features.items()}
+        how = design
         if arguments.get("harmonise"):
+            how = replace(design, sizes=())  # of few subjects a site has one or none
             readout = partial(_harmonised_mean, design.seed)
             rows = {
                 shifted: [(run["site"], own) for run, own in zip(runs, found, strict=True)]
                 for shifted, found in rows.items()
             }
-        for row in _tested(design, runs, rows, readout):
+        for row in _tested(how, runs, rows, readout):
             yield row | {"readout": name}
 
 

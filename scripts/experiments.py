@@ -85,6 +85,8 @@ def downstream(
         page: a page that gets the tables, between its two lines for them, e.g. docs/downstream.md.
     """
     plan = tasks_by_heads.read_plan(config, results)
+    if page is not None:
+        tasks_by_heads.around_tables(page)  # before hours of work
     failures = tasks_by_heads.run_plan(plan, workers)
     if failures:
         raise InputError(f"{len(failures)} trials failed; run again to go on. " + "; ".join(failures))

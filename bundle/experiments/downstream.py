@@ -28,7 +28,7 @@ from bundle.errors import InputError
 from bundle.experiments.baselines import BASELINES
 from bundle.experiments.painted import paint
 from bundle.experiments.statistics import finished_trials, pooled_scores, read_outcomes
-from bundle.experiments.sweep import SITE, Sweep, plan_trials, read_sweep, run_sweep
+from bundle.experiments.sweep import SITE, Sweep, plan_trials, read_sweep, refuse_shared_files, run_sweep
 from bundle.experiments.truth import prepared, prepared_cohort
 from bundle.files import slug, write_json, write_text
 from bundle.pages import measure_name, number
@@ -37,6 +37,7 @@ from bundle.process import run_config
 
 logger = logging.getLogger(__name__)
 
+PAIRS = Path("reidentification", "reidentification.csv")
 TABLE = "<!-- tables of python -m scripts downstream -->"
 """Stands before and after the tables in a page."""
 
@@ -55,7 +56,7 @@ def read_plan(path: str | Path, results: str | None = None) -> Plan:
     """Read a plan's JSON file; `results` replaces its folder.
 
     Raises:
-        InputError: it cannot be read, or a task is of no cohort.
+        InputError: it cannot be read, a task is of no cohort, or two would share files.
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -66,6 +67,8 @@ def read_plan(path: str | Path, results: str | None = None) -> Plan:
     if unknown:
         name, cohort = next(iter(unknown.items()))
         raise InputError(f"{path}: the task {name!r} is of the cohort {cohort!r}; there are {', '.join(plan.cohorts)}")
+    for names in (plan.cohorts, plan.tasks):
+        refuse_shared_files("entries", names)
     return plan
 
 
@@ -80,22 +83,23 @@ def run_plan(plan: Plan, workers: int = 1) -> list[str]:
         What went wrong, one sentence per failed trial; empty if all are finished.
     """
     failures = []
-    stores = {name: _store(Path(plan.results) / "cohorts" / slug(name), made) for name, made in plan.cohorts.items()}
-    for cohort, store in stores.items():
-        for name, task in plan.tasks.items():
-            if task["cohort"] == cohort:
-                sweep = _sweep(plan, name, store)
-                failed = run_sweep(sweep, workers)
-                failures += [f"{name}: {failure}" for failure in failed]
-                if not failed and not _pairs(plan, cohort).is_file():
-                    _reidentify(sweep, _pairs(plan, cohort))
+    for cohort, made in plan.cohorts.items():
+        store = _store(Path(plan.results) / "cohorts" / slug(cohort), made)
+        for position, name in enumerate(_tasks_of(plan, cohort)):
+            sweep = _sweep(plan, name, store)
+            failed = run_sweep(sweep, workers)
+            failures += [f"{name}: {failure}" for failure in failed]
+            if position == 0 and not failed:
+                _reidentify(sweep)
     return failures
 
 
+def _tasks_of(plan: Plan, cohort: str) -> list[str]:
+    return [name for name, task in plan.tasks.items() if task["cohort"] == cohort]
+
+
 def _store(folder: Path, made: Mapping[str, Any]) -> Path:
-    """A cohort's store, made where it is not there."""
-    if (folder / "store" / "manifest.json").is_file():
-        return folder / "store"
+    """A cohort's store; what is there is checked, and left as it is."""
     if "painted" in made:
         return prepared(paint(folder=folder / "derivatives", **made["painted"]), folder / "store")
     return prepared_cohort(folder, **made)
@@ -108,7 +112,7 @@ def _sweep(plan: Plan, name: str, store: Path) -> Sweep:
     runs = read_manifest(store)["runs"]
     predicted = {key: content[key] for key in ("target", "task", "classes") if key in content}
     kind = target_of(runs, **predicted, source=store).kind
-    alone = predicted["target"] == SITE or len({run["site"] for run in runs}) == 1
+    alone = predicted.get("target") == SITE or len({run["site"] for run in runs}) == 1
     content["baselines"] = [entry for entry in content["baselines"] if _suits(entry, kind, alone)]
     file = Path(plan.results) / "tasks" / f"{slug(name)}.json"
     write_json(file, content)
@@ -126,19 +130,27 @@ def _results(plan: Plan, name: str) -> Path:
     return Path(plan.results) / "tasks" / slug(name)
 
 
-def _pairs(plan: Plan, cohort: str) -> Path:
-    return Path(plan.results) / "cohorts" / slug(cohort) / "reidentification.csv"
-
-
-def _reidentify(sweep: Sweep, file: Path) -> None:
-    """Whose scan is whose among the test subjects of a sweep's first pretraining."""
+def _reidentify(sweep: Sweep) -> None:
+    """Find whose scan is whose among the test subjects of a sweep's first pretraining, unless it is done."""
     trial = next(trial for trial in plan_trials(sweep) if trial.pretraining)
     folder = (Path(trial.folder) / "pretrain").resolve()
+    if (folder / PAIRS).is_file():
+        return
     options = {"dataset_dir": trial.store, "splits_file": trial.splits_file, "seed": trial.seed}
     options |= dict(trial.overrides) | dict(trial.strategy.pretrain) | {"output_dir": folder}
     configs = ["pretrain", *trial.strategy.overlays, "reidentify", *trial.configs]
     run_config("run", configs, options, Path(trial.folder) / "log.txt")
-    write_text(file, (folder / "reidentification" / "reidentification.csv").read_text())
+
+
+def _found_pairs(plan: Plan) -> dict[str, pd.DataFrame]:
+    """What `_reidentify` has found in each cohort."""
+    found: dict[str, pd.DataFrame] = {}
+    for cohort in plan.cohorts:
+        for name in _tasks_of(plan, cohort)[:1]:
+            for folder, _ in finished_trials(_results(plan, name)):
+                if (folder / "pretrain" / PAIRS).is_file():
+                    found[cohort] = pd.read_csv(folder / "pretrain" / PAIRS)
+    return found
 
 
 def write_tables(plan: Plan, page: str | Path | None = None, resamples: int = 2000) -> pd.DataFrame:
@@ -158,15 +170,24 @@ def write_tables(plan: Plan, page: str | Path | None = None, resamples: int = 20
     """
     rows = pd.DataFrame([row for name in plan.tasks for row in _rows(plan, name, resamples)])
     write_text(Path(plan.results) / "downstream.csv", rows.to_csv(index=False, float_format="%.4f"))
-    pairs = {cohort: pd.read_csv(_pairs(plan, cohort)) for cohort in plan.cohorts if _pairs(plan, cohort).is_file()}
-    text = markdown(rows, pairs)
+    text = markdown(rows, _found_pairs(plan))
     write_text(Path(plan.results) / "downstream.md", text)
     if page is not None:
-        parts = Path(page).read_text().split(TABLE)
-        if len(parts) != 3:
-            raise InputError(f"{page}: the tables stand between two lines {TABLE}, of which it has {len(parts) - 1}")
-        write_text(Path(page), f"{parts[0]}{TABLE}\n\n{text}\n{TABLE}{parts[2]}")
+        before, after = around_tables(page)
+        write_text(Path(page), f"{before}{TABLE}\n\n{text}\n{TABLE}{after}")
     return rows
+
+
+def around_tables(page: str | Path) -> tuple[str, str]:
+    """What stands before and after the tables of a page.
+
+    Raises:
+        InputError: it cannot be read, or lacks the two lines `TABLE`.
+    """
+    parts = Path(page).read_text().split(TABLE) if Path(page).is_file() else []
+    if len(parts) != 3:
+        raise InputError(f"{page}: no page with two lines {TABLE}, between which the tables are to stand")
+    return parts[0], parts[2]
 
 
 def _rows(plan: Plan, name: str, resamples: int) -> Iterator[dict[str, Any]]:

@@ -217,8 +217,8 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
     if unsuited := [name for name in named if not BASELINES[name].suits(kind)]:
         raise InputError(f"the baseline {unsuited[0]} does not suit a {kind} target; {suitable(kind)}")
     folds = _folds(sweep.splits, runs, target)
-    _refuse_shared_files("sites", folds)
-    _refuse_shared_files("strategies", [strategy.name for strategy in strategies(sweep) + baselines(sweep)])
+    refuse_shared_files("sites", folds)
+    refuse_shared_files("strategies", [strategy.name for strategy in strategies(sweep) + baselines(sweep)])
     # with their hash: another plan for the same folder never changes the splits of a trial that waits
     files = {f: results / "splits" / f"fold-{slug(f)}-{splits['sha256'][:8]}.json" for f, splits in folds.items()}
     for fold, splits in folds.items():
@@ -318,7 +318,7 @@ def _folds(splits: Mapping[str, Any], runs: Sequence[dict], target: Mapping[str,
     return {str(fold): make_splits(runs, folds=folds, fold=fold, seed=seed, **target) for fold in chosen}
 
 
-def _refuse_shared_files(what: str, names: Iterable[str]) -> None:
+def refuse_shared_files(what: str, names: Iterable[str]) -> None:
     """Raise `InputError` if two names differ only in characters that file names of trials do not keep."""
     seen: dict[str, str] = {}
     for name in names:

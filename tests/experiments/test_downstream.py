@@ -183,7 +183,7 @@ def test_tables_take_their_place_in_a_page_and_leave_the_rest(ran, tmp_path):
     made = (Path(plan.results) / "downstream.md").read_text()
     assert page.read_text() == f"# Before\n\n{TABLE}\n\n{made}\n{TABLE}\n\nafter\n"
     page.write_text("# Nothing\n")
-    with pytest.raises(InputError, match="the tables stand between two lines"):
+    with pytest.raises(InputError, match="no page with two lines <!-- tables"):
         write_tables(plan, page, resamples=20)
 
 
@@ -192,6 +192,7 @@ def test_tables_take_their_place_in_a_page_and_leave_the_rest(ran, tmp_path):
     [
         ({"task": {}}, "not a plan"),
         ({"tasks": {"a": {"target": "age"}}}, "not a plan"),
+        ({"tasks": {"a b": {"cohort": "painted"}, "a_b": {"cohort": "painted"}}}, "would both be filed under 'a_b'"),
         ({"tasks": {"a": {"cohort": "other"}}}, "the task 'a' is of the cohort 'other'; there are made up, painted"),
     ],
 )

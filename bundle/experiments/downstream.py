@@ -29,6 +29,7 @@ from bundle.experiments.baselines import BASELINES
 from bundle.experiments.painted import paint
 from bundle.experiments.statistics import finished_trials, pooled_scores, read_outcomes
 from bundle.experiments.sweep import SITE, Sweep, plan_trials, read_sweep, refuse_shared_files, run_sweep
+from bundle.experiments.trial import pretraining_options
 from bundle.experiments.truth import prepared, prepared_cohort
 from bundle.files import slug, write_json, write_text
 from bundle.pages import measure_name, number
@@ -133,13 +134,10 @@ def _results(plan: Plan, name: str) -> Path:
 def _reidentify(sweep: Sweep) -> None:
     """Find whose scan is whose among the test subjects of a sweep's first pretraining, unless it is done."""
     trial = next(trial for trial in plan_trials(sweep) if trial.pretraining)
-    folder = (Path(trial.folder) / "pretrain").resolve()
-    if (folder / PAIRS).is_file():
-        return
-    options = {"dataset_dir": trial.store, "splits_file": trial.splits_file, "seed": trial.seed}
-    options |= dict(trial.overrides) | dict(trial.strategy.pretrain) | {"output_dir": folder}
-    configs = ["pretrain", *trial.strategy.overlays, "reidentify", *trial.configs]
-    run_config("run", configs, options, Path(trial.folder) / "log.txt")
+    options, folder = pretraining_options(trial), Path(trial.folder)
+    if not (options["output_dir"] / PAIRS).is_file():
+        configs = ["pretrain", *trial.strategy.overlays, "reidentify", *trial.configs]
+        run_config("run", configs, options, folder / "log.txt")
 
 
 def _found_pairs(plan: Plan) -> dict[str, pd.DataFrame]:

@@ -170,10 +170,7 @@ def _baseline_stages(trial: Trial) -> dict[str, Callable[[], Any]]:
 
 def _stages(trial: Trial, lock: int) -> dict[str, Callable[[], Any]]:
     """The stages of a trial in order, each of which runs one process."""
-    folder = Path(trial.folder)
-    common = {"dataset_dir": trial.store, "splits_file": trial.splits_file, "seed": trial.seed} | dict(trial.overrides)
-    common["bootstrap_resamples"] = trial.resamples
-    pretraining = common | dict(trial.strategy.pretrain) | {"output_dir": folder / "pretrain"}
+    folder, common, pretraining = Path(trial.folder), _options(trial), pretraining_options(trial)
     encoder = "random" if trial.strategy.mask is None else folder / "pretrain" / "best.pt"
     training = (
         common
@@ -196,6 +193,17 @@ def _stages(trial: Trial, lock: int) -> dict[str, Callable[[], Any]]:
     log = folder / "log.txt"
     stages: dict[str, Callable[[], Any]] = {n: partial(_share, trial, n, job, log) for n, job in shared.items()}
     return stages | {n: partial(run_config, *job, log, lock, trial.directory) for n, job in jobs.items()}
+
+
+def _options(trial: Trial) -> dict[str, Any]:
+    """Of all stages."""
+    given = {"dataset_dir": trial.store, "splits_file": trial.splits_file, "seed": trial.seed} | dict(trial.overrides)
+    return given | {"bootstrap_resamples": trial.resamples}
+
+
+def pretraining_options(trial: Trial) -> dict[str, Any]:
+    """What a trial's pretraining is run with, and what looks at it afterwards has to be."""
+    return _options(trial) | dict(trial.strategy.pretrain) | {"output_dir": Path(trial.folder) / "pretrain"}
 
 
 def _share(trial: Trial, name: str, job: tuple[str, list[str], dict], log: Path) -> None:

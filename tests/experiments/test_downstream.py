@@ -57,6 +57,9 @@ def stage(run_id, configs, overrides, log=None, lock=None, directory=None) -> No
     with Path(log).open("a") as file:
         if "readouts/covariance" not in configs and "train" in configs:
             file.write("09:38:18 INFO bundle.training.parameters: Classifier: 97 of 315049 parameters are trained\n")
+    if "pretrain" in configs:
+        PRETRAINED.setdefault(output.resolve(), overrides)
+        assert PRETRAINED[output.resolve()] == overrides  # a checkpoint is refused under other options
     if "reidentify" in configs:
         rows = [(name, rank, 0.5) for name in ("mean token", "brain mask") for rank in (1, 5)]
         table = pd.DataFrame(rows, columns=["features", "rank", "share"]).assign(low=0.25, high=0.75, chance=0.1)
@@ -75,6 +78,7 @@ def stage(run_id, configs, overrides, log=None, lock=None, directory=None) -> No
 
 
 STARTED: list[tuple[str, ...]] = []
+PRETRAINED: dict[Path, dict] = {}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from scripts.commands import (
     where,
 )
 from scripts.demo import demo
-from scripts.experiments import dynamics, one_run, report, sweep, truth
+from scripts.experiments import downstream, dynamics, one_run, report, sweep, truth
 
 fire.decorators.FIRE_METADATA = "_read_as"  # where Fire keeps parsers on a command: a name that --help does not list
 
@@ -46,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "truth": truth,
     "dynamics": dynamics,
+    "downstream": downstream,
     "one_run": one_run,
     "where": where,
     "pictures": pictures,

@@ -1,6 +1,9 @@
 """Commands for whole experiments: the sweep over masking strategies, its report, and the truth test."""
 
+from pathlib import Path
+
 from bundle.errors import InputError
+from bundle.experiments import downstream as tasks_by_heads
 from bundle.experiments.dynamics import read_plan, rebuilt, run_plan, write_tables
 from bundle.experiments.one_run import one_run as rebuild_one_run
 from bundle.experiments.one_run import pretraining_overrides
@@ -75,6 +78,31 @@ def dynamics(
     print(plain.drop(columns=["size", "shuffled", "shifted"]).to_string(index=False, float_format="%.3f"))
     print("\nDifferences on the same subjects")
     print(compared.to_string(index=False, float_format="%.3f"))
+
+
+def downstream(
+    config: str = "configs/downstream.json", results: str | None = None, workers: int = 1, page: str | None = None
+) -> None:
+    """Compare heads on several tasks of synthetic and painted cohorts, with baselines, in one table; resumable.
+
+    Writes RESULTS/downstream.csv with all measures, and RESULTS/downstream.md with the tables. A trial that fails stops
+    no other; the exit status is then 1, and no table is written.
+
+    Args:
+        config: JSON file of the plan.
+        results: folder of the results, instead of the plan's.
+        workers: trials at a time on this machine.
+        page: a page that gets the tables, between its two lines for them, e.g. docs/downstream.md.
+    """
+    plan = tasks_by_heads.read_plan(config, results)
+    if page is not None:
+        tasks_by_heads.around_tables(page)  # before hours of work
+    failures = tasks_by_heads.run_plan(plan, workers)
+    if failures:
+        raise InputError(f"{len(failures)} trials failed; run again to go on. " + "; ".join(failures))
+    tasks_by_heads.write_tables(plan, page)
+    print("SYNTHETIC data, or real time courses painted into MNI volumes")
+    print((Path(plan.results) / "downstream.md").read_text())
 
 
 def one_run(

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from nilearn import signal
 from nilearn.maskers import NiftiLabelsMasker
-from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.compose import ColumnTransformer
 from sklearn.impute import SimpleImputer
@@ -31,6 +30,7 @@ from bundle.data.targets import read_target
 from bundle.errors import InputError
 from bundle.evaluation.subjects import write_test_scores
 from bundle.files import write_json, write_text
+from bundle.heads.combat import COMBAT
 from bundle.heads.connectivity import ConnectivityModel, least_class
 from bundle.preparation.motion import MOTION_COLUMNS, mean_fd_in
 from bundle.preparation.store import read_manifest, read_values, read_voxels
@@ -144,7 +144,7 @@ def mean_motion(runs: Sequence[dict]) -> pd.DataFrame | None:
     return pd.DataFrame({"mean_fd": {name: float(np.mean(fd)) for name, fd in values.items()}})
 
 
-Features: TypeAlias = pd.DataFrame | dict[str, NDArray]
+Features: TypeAlias = pd.DataFrame | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ class Given:
         task: what is predicted.
         atlas: whose labels connectivity is of.
         seed: of the inner folds.
+        harmonise: take effects of sites off connectivity.
     """
 
     store: str | Path
@@ -166,6 +167,7 @@ class Given:
     task: Task
     atlas: Atlas
     seed: int
+    harmonise: bool = False
 
 
 def _constant(given: Given) -> tuple[Features, BaseEstimator]:
@@ -198,8 +200,12 @@ def _head_motion(given: Given) -> tuple[Features, BaseEstimator]:
 def _connectivity(of_task: Callable[[Task, int], Linear]) -> Callable[[Given], tuple[Features, BaseEstimator]]:
     def make(given: Given) -> tuple[Features, BaseEstimator]:
         tables = participant_series(given.store, given.runs, given.cache, given.atlas)
-        series = {name: table.to_numpy() for name, table in tables.items()}
-        return series, ConnectivityModel(*of_task(given.task, given.seed), seed=given.seed)
+        series: dict[str, Any] = {name: table.to_numpy() for name, table in tables.items()}
+        if given.harmonise:
+            sites = {run["participant_id"]: str(run["site"]) for run in given.runs}
+            series = {name: (sites[name], courses) for name, courses in series.items()}
+        model = ConnectivityModel(*of_task(given.task, given.seed), seed=given.seed, harmonise=given.harmonise)
+        return series, model
 
     return make
 
@@ -242,7 +248,7 @@ BASELINES: dict[str, Baseline] = {
     "connectivity_ridge": Baseline(_connectivity(lambda task, seed: task.linear(seed)), classes=False, of_labels=True),
 }
 OF_LABELS = tuple(name for name, baseline in BASELINES.items() if baseline.of_labels)
-"""Those that take an atlas."""
+"""Those that take an atlas, and whose features can be harmonised."""
 
 
 def run_baseline(
@@ -255,6 +261,7 @@ def run_baseline(
     seed: int = 0,
     target: Mapping[str, Any] | None = None,
     atlas: str = AAL3,
+    harmonise: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Fit a baseline on the training set, fix its threshold on the validation set, and test it once.
 
@@ -268,19 +275,25 @@ def run_baseline(
         seed: of the inner folds and of the bootstrap.
         target: `target`, `task` and `classes`, as for `bundle.data.targets.read_target`; the diagnosis if None.
         atlas: whose labels connectivity is of; see `bundle.anatomy.atlas.load_atlas`.
+        harmonise: "combat" takes effects of sites off connectivity, see `bundle.heads.combat.Combat`; None: no.
 
     Returns:
         The table of `bundle.evaluation.subjects.score_table`.
 
     Raises:
-        InputError: what the baseline needs is not known, or it does not suit the task.
+        InputError: what the baseline needs is not known, it does not suit the task, or it cannot be harmonised.
     """
     wanted = read_target(store, **(target or {}))
     task = task_of(wanted, splits_file)
     if not BASELINES[name].suits(task.kind):
         raise InputError(f"the baseline {name} does not suit a {task.kind} target; {suitable(task.kind)}")
+    if harmonise not in (None, COMBAT) or (harmonise and name not in OF_LABELS):
+        raise InputError(
+            f"harmonise is {COMBAT!r}, for one of {', '.join(OF_LABELS)}, but here it is {harmonise!r} for {name}"
+        )
     runs = [run for run in read_manifest(store)["runs"] if run["participant_id"] in wanted.labels]
-    features, model = BASELINES[name].make(Given(store, runs, Path(cache), task, load_atlas(atlas), seed))
+    given = Given(store, runs, Path(cache), task, load_atlas(atlas), seed, harmonise is not None)
+    features, model = BASELINES[name].make(given)
     sites = {run["participant_id"]: str(run["site"]) for run in runs}
     sets = {
         subset: [participant for participant in members if participant in wanted.labels]
@@ -302,6 +315,7 @@ def run_baseline(
     threshold = 0.0 if name == "majority" else None
     table = write_test_scores(task, tables["validation"], tables["test"], folder, resamples, seed, threshold)
     facts: dict[str, Any] = {"baseline": name, "chosen": getattr(model, "best_params_", {})}
+    facts["harmonise"] = harmonise
     facts["features"] = list(features) if isinstance(features, pd.DataFrame) else "connectivity"
     write_json(Path(folder) / "baseline.json", facts)
     return table

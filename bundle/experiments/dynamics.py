@@ -32,6 +32,7 @@ from bundle.experiments.synthetic import EFFECTS
 from bundle.experiments.trial import Strategy
 from bundle.experiments.truth import prepared, prepared_cohort
 from bundle.files import file_sha256, slug, write_text
+from bundle.heads.combat import COMBAT
 from bundle.preparation.store import read_manifest
 from bundle.process import run_config
 from bundle.workers import parallel_map
@@ -53,7 +54,8 @@ class Plan:
         encoders: name to what it is: `{"size": {...}, "normalisation": {...}}` has random weights;
             `{"mask": ..., "overrides": {...}}` is pretrained by pretrain.json, with a mask as of a sweep's strategy;
             `{"checkpoint": path}` was pretrained elsewhere. `"against"` names the one that it is compared with.
-        readouts: name to `{"kind": "mean", "attention" or "covariance"}` and its head's arguments.
+        readouts: name to `{"kind": "mean", "attention" or "covariance"}` and its head's arguments; a mean may have
+            `"harmonise": "combat"`.
         subjects: of each synthetic cohort.
         effect: planted, Cohen's d.
         duration_s: of each synthetic run.
@@ -95,6 +97,9 @@ def read_plan(path: str | Path, **changes: Any) -> Plan:
         raise InputError(f"{path}: not a plan ({error}); see configs/dynamics.json for an example") from error
     if unknown := set(plan.cohorts) - {"nothing", PAINTED, *EFFECTS}:
         raise InputError(f"{path}: cohorts are nothing, {', '.join(EFFECTS)} or {PAINTED}, not {min(unknown)!r}")
+    for name, readout in plan.readouts.items():
+        if "harmonise" in readout and dict(readout) != {"kind": "mean", "harmonise": COMBAT}:
+            raise InputError(f"{path}: readout {name!r}: harmonise is {COMBAT!r}, and belongs to the kind mean alone")
     return plan
 
 

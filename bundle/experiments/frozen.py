@@ -1,7 +1,7 @@
 """Readouts of a frozen encoder, and plain connectivity, on the subjects of a store: each tested once, in folds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from bundle.data.transforms import ScatterClipd, TakeClipd, TimeLastd
 from bundle.errors import InputError
 from bundle.experiments.baselines import participant_series
 from bundle.heads.attention import AttentionClassifier
+from bundle.heads.combat import Combat, kept_of, parted
 from bundle.heads.connectivity import KINDS, ConnectivityModel, inner_folds
 from bundle.heads.covariance import CovarianceReadout
 from bundle.heads.pooling import pool
@@ -48,7 +49,9 @@ class Design:
     """How subjects are tested.
 
     Attributes:
-        readouts: name to `{"kind": "mean", "attention" or "covariance"}` and its head's arguments.
+        readouts: name to `{"kind": "mean", "attention" or "covariance"}` and its head's arguments; of a mean
+            `"harmonise": "combat"` takes effects of sites off the mean token, see `bundle.heads.combat.Combat`; it has
+            all training subjects only.
         folds: in which every subject is tested once, by site and diagnosis.
         sizes: numbers of training subjects, beside all of them.
         shift: regions whose voxels are moved in time by half a run in the test subjects, as a control; none if empty.
@@ -191,8 +194,16 @@ def encoder_rows(design: Design, folder: Path, settings: Mapping[str, Any]) -> I
             readout = partial(_attention, encoder, design.seed)
         elif name in heads:
             readout = partial(_covariance, heads[name], design.seed)
-        rows = {shifted: [run[key] for run in found] for shifted, found in features.items()}
-        for row in _tested(design, runs, rows, readout):
+        rows: dict[bool, list] = {shifted: [run[key] for run in found] for shifted, found in features.items()}
+        how = design
+        if arguments.get("harmonise"):
+            how = replace(design, sizes=())  # of few subjects a site has one or none
+            readout = partial(_harmonised_mean, design.seed)
+            rows = {
+                shifted: [(run["site"], own) for run, own in zip(runs, found, strict=True)]
+                for shifted, found in rows.items()
+            }
+        for row in _tested(how, runs, rows, readout):
             yield row | {"readout": name}
 
 
@@ -257,13 +268,31 @@ def _covariance(head: CovarianceReadout, seed: int, rows: list, labels: NDArray,
 
 
 def _mean(seed: int, rows: list, labels: NDArray, test: list) -> NDArray:
-    """The best that a linear unit on the mean token can do: a logistic regression whose penalty is tuned."""
+    """The best that a linear unit on the mean token can do."""
+    return _linear(seed, _mean_tokens(rows), labels, _mean_tokens(test))
+
+
+def _harmonised_mean(seed: int, rows: list, labels: NDArray, test: list) -> NDArray:
+    """The same after `Combat`, which is fitted to the training rows; a row is a pair of site and tokens."""
+    (sites, tokens), (test_sites, test_tokens) = parted(rows), parted(test)
+    features = _mean_tokens(tokens)
+    combat = Combat().fit(features, sites, kept_of(labels, classes=True))
+    found = combat.transform(features, sites), combat.transform(_mean_tokens(test_tokens), test_sites)
+    return _linear(seed, found[0], labels, found[1])
+
+
+def _mean_tokens(rows: Sequence[Tensor]) -> NDArray[np.float64]:
+    return np.stack([run.mean((0, 1)).numpy() for run in rows])
+
+
+def _linear(seed: int, rows: NDArray, labels: NDArray, test: NDArray) -> NDArray:
+    """Logits by a logistic regression whose penalty is tuned."""
     linear, penalties, scoring = TASK.linear(seed)
     model = Pipeline([("scale", StandardScaler()), ("linear", linear)])
     grid = {f"linear__{name}": strengths for name, strengths in penalties.items()}
     search = GridSearchCV(model, grid, scoring=scoring, cv=inner_folds(labels, linear, seed))
-    search.fit([run.mean((0, 1)).numpy() for run in rows], labels)
-    return search.decision_function([run.mean((0, 1)).numpy() for run in test])
+    search.fit(rows, labels)
+    return search.decision_function(test)
 
 
 def _attention(

@@ -56,7 +56,7 @@ def paint(
 ) -> Path:
     """Write the images, laid out like fMRIPrep derivatives; the folder appears complete or not at all.
 
-    Beside the images it holds `participants.tsv` (participant_id, site, diagnosis, age and sex where they are known)
+    Beside the images it holds `participants.tsv` (participant_id, site, diagnosis, and the columns of `participants`)
     and `painted.json`, which says what this is and what it was made from.
 
     Args:
@@ -93,7 +93,7 @@ def paint(
     plan = plan_painted(subjects, Path(participants), column, case, threshold, where)
     files = {"series": series, "participants": participants}
     parameters = {
-        "format": 2,
+        "format": 3,
         "sha256": {name: file_sha256(path) for name, path in files.items()} | {"atlas": loaded.sha256},
         **{"column": column, "case": case, "threshold": threshold, "where": where},
         **{"tr": site.tr, "voxel_mm": site.voxel_mm, "frames": courses.shape[1], "seed": seed},
@@ -182,8 +182,8 @@ def plan_painted(
         where: see `paint`.
 
     Returns:
-        One row per painted subject: participant_id, site ("painted"), diagnosis ("control" or "adhd"), age and sex if
-        the table has them, row (in the series).
+        One row per painted subject: participant_id, site ("painted"), diagnosis ("control" or "adhd"), the table's
+        other columns, of which age and sex are called so, row (in the series).
 
     Raises:
         InputError: a column, a participant or a value is missing, or all that are left are of one group.
@@ -213,9 +213,10 @@ def plan_painted(
         raise InputError(f"{table} gives {cases.sum()} cases and {(~cases).sum()} controls; both are needed")
     plan = pd.DataFrame({"participant_id": rows.index, "site": "painted"}, index=rows.index)
     plan["diagnosis"] = np.where(cases, "adhd", "control")
-    for name, spellings in (("age", ("age",)), ("sex", ("sex", "gender"))):
-        for found in [known for known in rows if str(known).lower() in spellings][:1]:
-            plan[name] = rows[found]
+    names = {"age": "age", "sex": "sex", "gender": "sex"}
+    for found in rows.drop(columns="row"):
+        name = names.get(str(found).lower(), found)
+        plan[name] = plan[name] if name in plan else rows[found]
     return plan.assign(row=rows["row"]).reset_index(drop=True)
 
 

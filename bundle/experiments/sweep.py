@@ -10,7 +10,9 @@ A sweep is a small JSON file:
                 {"mask": "equal", "regions": ["limbic", ["frontal", "cerebellum"]]} stands for one strategy per item,
                 named equal_limbic and equal_frontal_cerebellum (of the mask "region", which is pretrain.json's own,
                 just limbic); "atlas": ["AAL3", "AAL116"] multiplies likewise, and comes first: AAL3_equal_limbic
-    baselines   names of `bundle.experiments.baselines.BASELINES`, or {"baseline": ..., "atlas": [...]}, named likewise
+    baselines   names of `bundle.experiments.baselines.BASELINES`, or {"baseline": ..., "atlas": [...]}, named likewise;
+                {"baseline": "connectivity_logistic", "harmonise": "combat"} takes effects of sites off, is called
+                connectivity_logistic_combat, and has the baseline "site" beside it
     seeds       of the networks
     configs     overlays for every stage, such as "demo"
     target      column to predict; "diagnosis" by default, and beside it task and classes, as in train.json
@@ -43,6 +45,7 @@ from bundle.errors import InputError
 from bundle.experiments.baselines import BASELINES, OF_LABELS, mean_motion, suitable
 from bundle.experiments.trial import REGION, Strategy, Trial, is_finished, run_trial
 from bundle.files import config_file, slug, write_json, write_text
+from bundle.heads.combat import COMBAT
 from bundle.preparation.store import read_manifest
 from bundle.workers import dask_executor
 
@@ -50,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 STEPS = ("reconstruct", "attribute")
 RANDOM_WEIGHTS = "random_weights"
+SITE = "site"
 
 
 @dataclass(frozen=True)
@@ -115,20 +119,32 @@ def strategies(sweep: Sweep) -> list[Strategy]:
 
 
 def baselines(sweep: Sweep) -> list[Strategy]:
-    """All baselines of a sweep, those over several atlases multiplied."""
-    return [baseline for entry in sweep.baselines for baseline in _rivals(entry)]
+    """All baselines of a sweep, those over several atlases multiplied; where sites are harmonised, what they tell."""
+    found = [baseline for entry in sweep.baselines for baseline in _rivals(entry)]
+    alone = any(own.harmonise for own in found) and all(own.baseline != SITE for own in found)
+    return [Strategy(SITE, baseline=SITE), *found] if alone else found
 
 
 def _rivals(entry: Any) -> list[Strategy]:
     """The baselines that one entry stands for; see the module."""
     if isinstance(entry, str):
         return [Strategy(entry, baseline=entry)]
-    if not isinstance(entry, Mapping) or set(entry) != {"baseline", "atlas"} or entry["baseline"] not in OF_LABELS:
+    whole = isinstance(entry, Mapping) and {"baseline"} < set(entry) <= {"baseline", "atlas", "harmonise"}
+    if not whole or entry["baseline"] not in OF_LABELS or entry.get("harmonise") not in (None, COMBAT):
         raise InputError(
-            f"baseline {entry!r} must be a name, or have `atlas` and, as `baseline`, one of {', '.join(OF_LABELS)}"
+            f"baseline {entry!r} must be a name, or have `atlas`, `harmonise` ({COMBAT!r}) or both and, as `baseline`, "
+            f"one of {', '.join(OF_LABELS)}"
         )
-    name = entry["baseline"]
-    return [Strategy(f"{_stem(atlas)}_{name}", atlas=atlas, baseline=name) for atlas in _listed(entry["atlas"])]
+    name, harmonise = entry["baseline"], entry.get("harmonise")
+    return [
+        Strategy(
+            "_".join(part for part in (atlas and _stem(atlas), name, harmonise) if part),
+            atlas=atlas,
+            baseline=name,
+            harmonise=harmonise,
+        )
+        for atlas in _listed(entry.get("atlas"))
+    ]
 
 
 def _expand(entry: Any) -> list[Strategy]:
@@ -176,10 +192,13 @@ def _over_regions(entry: Mapping[str, Any], regions: str | Sequence[str]) -> dic
 
 def _made(entry: Any) -> Strategy:
     try:
+        if {"baseline", "harmonise"} & set(entry):
+            raise TypeError("a network is no baseline, and is served without knowing sites")
         return Strategy(**entry)
     except TypeError as error:
         raise InputError(
-            f"strategy {entry!r} must be a name, or have name, mask, atlas, regions, pretrain, train and readout"
+            f"strategy {entry!r} must be a name, or have name, mask, atlas, regions, pretrain, train and readout "
+            f"({error})"
         ) from error
 
 
@@ -198,8 +217,8 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
     if unsuited := [name for name in named if not BASELINES[name].suits(kind)]:
         raise InputError(f"the baseline {unsuited[0]} does not suit a {kind} target; {suitable(kind)}")
     folds = _folds(sweep.splits, runs, target)
-    _refuse_shared_files("sites", folds)
-    _refuse_shared_files("strategies", [strategy.name for strategy in strategies(sweep) + baselines(sweep)])
+    refuse_shared_files("sites", folds)
+    refuse_shared_files("strategies", [strategy.name for strategy in strategies(sweep) + baselines(sweep)])
     # with their hash: another plan for the same folder never changes the splits of a trial that waits
     files = {f: results / "splits" / f"fold-{slug(f)}-{splits['sha256'][:8]}.json" for f, splits in folds.items()}
     for fold, splits in folds.items():
@@ -299,7 +318,7 @@ def _folds(splits: Mapping[str, Any], runs: Sequence[dict], target: Mapping[str,
     return {str(fold): make_splits(runs, folds=folds, fold=fold, seed=seed, **target) for fold in chosen}
 
 
-def _refuse_shared_files(what: str, names: Iterable[str]) -> None:
+def refuse_shared_files(what: str, names: Iterable[str]) -> None:
     """Raise `InputError` if two names differ only in characters that file names of trials do not keep."""
     seen: dict[str, str] = {}
     for name in names:

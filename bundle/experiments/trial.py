@@ -53,6 +53,7 @@ class Strategy:
         readout: of the encoder: an overlay of configs/readouts; None: the mean, as in train.json.
         atlas: of both stages, and of the baseline; None: that of the sweep's overrides, AAL3 if they name none.
         baseline: one of `bundle.experiments.baselines.BASELINES`, tested instead of a network.
+        harmonise: of a baseline: "combat", see `bundle.experiments.baselines.run_baseline`.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Strategy:
     readout: str | None = None
     atlas: str | None = None
     baseline: str | None = None
+    harmonise: str | None = None
 
     @property
     def overlays(self) -> list[str]:
@@ -162,16 +164,13 @@ def _write(trial: Trial, record: dict) -> None:
 def _baseline_stages(trial: Trial) -> dict[str, Callable[[], Any]]:
     series = Path(trial.folder).parents[1] / "series"
     name, folder = trial.strategy.baseline or trial.strategy.name, Path(trial.folder)
-    settings = (trial.resamples, trial.seed, trial.target, trial.atlas)
+    settings = (trial.resamples, trial.seed, trial.target, trial.atlas, trial.strategy.harmonise)
     return {"test": partial(run_baseline, name, trial.store, trial.splits_file, folder, series, *settings)}
 
 
 def _stages(trial: Trial, lock: int) -> dict[str, Callable[[], Any]]:
     """The stages of a trial in order, each of which runs one process."""
-    folder = Path(trial.folder)
-    common = {"dataset_dir": trial.store, "splits_file": trial.splits_file, "seed": trial.seed} | dict(trial.overrides)
-    common["bootstrap_resamples"] = trial.resamples
-    pretraining = common | dict(trial.strategy.pretrain) | {"output_dir": folder / "pretrain"}
+    folder, common, pretraining = Path(trial.folder), _options(trial), pretraining_options(trial)
     encoder = "random" if trial.strategy.mask is None else folder / "pretrain" / "best.pt"
     training = (
         common
@@ -194,6 +193,17 @@ def _stages(trial: Trial, lock: int) -> dict[str, Callable[[], Any]]:
     log = folder / "log.txt"
     stages: dict[str, Callable[[], Any]] = {n: partial(_share, trial, n, job, log) for n, job in shared.items()}
     return stages | {n: partial(run_config, *job, log, lock, trial.directory) for n, job in jobs.items()}
+
+
+def _options(trial: Trial) -> dict[str, Any]:
+    """Of all stages."""
+    given = {"dataset_dir": trial.store, "splits_file": trial.splits_file, "seed": trial.seed} | dict(trial.overrides)
+    return given | {"bootstrap_resamples": trial.resamples}
+
+
+def pretraining_options(trial: Trial) -> dict[str, Any]:
+    """What a trial's pretraining is run with, and what looks at it afterwards has to be."""
+    return _options(trial) | dict(trial.strategy.pretrain) | {"output_dir": Path(trial.folder) / "pretrain"}
 
 
 def _share(trial: Trial, name: str, job: tuple[str, list[str], dict], log: Path) -> None:

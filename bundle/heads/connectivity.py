@@ -12,6 +12,7 @@ from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
 from bundle.errors import InputError
+from bundle.heads.combat import Combat, kept_of, parted
 
 KINDS = ("correlation", "tangent")
 
@@ -57,10 +58,14 @@ class ConnectivityModel(BaseEstimator):
         seed: of the inner folds.
         kinds: of connectivity to choose from, as in nilearn's `ConnectivityMeasure`.
         discard_diagonal: leave the variances out.
+        harmonise: take effects of sites off the connectivity, see `Combat`. A row is then a pair of site and courses.
+            It knows the labels of all rows that are given, also of those that an inner fold holds back; these folds
+            choose a kind and a penalty, which are what may come out too hopeful.
 
     Attributes:
         connectivity_: the fitted `ConnectivityMeasure`.
-        weights_: (k, features) of connectivity as it is, scaling included.
+        combat_: the fitted `Combat`, where it harmonises.
+        weights_: (k, features) of connectivity as it is, or harmonised, scaling included.
         bias_: (k,), its constants.
         best_params_: the chosen kind and penalty.
         best_score_: their score in the inner folds.
@@ -74,6 +79,7 @@ class ConnectivityModel(BaseEstimator):
         seed: int = 0,
         kinds: Sequence[str] = KINDS,
         discard_diagonal: bool = True,
+        harmonise: bool = False,
     ) -> None:
         self.model = model
         self.penalties = penalties
@@ -81,13 +87,15 @@ class ConnectivityModel(BaseEstimator):
         self.seed = seed
         self.kinds = kinds
         self.discard_diagonal = discard_diagonal
+        self.harmonise = harmonise
 
-    def fit(self, rows: Sequence[NDArray], labels: NDArray) -> Self:
+    def fit(self, rows: Sequence[Any], labels: NDArray) -> Self:
         """Fit to courses (T, regions) of each participant, and numbers of their classes, or their values, (n,).
 
         Raises:
-            InputError: there are too few participants, see `inner_folds`.
+            InputError: there are too few participants, see `inner_folds`, or see `Combat.fit`.
         """
+        sites, courses = parted(rows) if self.harmonise else ([], rows)
         folds = inner_folds(labels, self.model, self.seed)
         self.best_score_ = -np.inf
         for kind in self.kinds:
@@ -96,7 +104,10 @@ class ConnectivityModel(BaseEstimator):
             )
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Maximum number of iterations")  # of tangent's reference
-                vectors = connectivity.fit_transform(rows)
+                vectors = connectivity.fit_transform(courses)
+            if self.harmonise:
+                combat = Combat().fit(vectors, sites, kept_of(labels, is_classifier(self.model)))
+                vectors = combat.transform(vectors, sites)
             scaler = StandardScaler()
             left, lengths, basis = np.linalg.svd(scaler.fit_transform(vectors), full_matrices=False)
             search = GridSearchCV(clone(self.model), dict(self.penalties), scoring=self.scoring, cv=folds)
@@ -104,12 +115,20 @@ class ConnectivityModel(BaseEstimator):
             if search.best_score_ > self.best_score_:
                 self.best_score_ = float(search.best_score_)
                 self.connectivity_ = connectivity
+                self.combat_ = combat if self.harmonise else None
                 self.weights_ = np.atleast_2d(search.best_estimator_.coef_) @ basis / scaler.scale_
                 self.bias_ = np.atleast_1d(search.best_estimator_.intercept_) - self.weights_ @ scaler.mean_
                 self.best_params_: dict[str, Any] = {"kind": kind} | search.best_params_
         return self
 
-    def decision_function(self, rows: Sequence[NDArray]) -> NDArray[np.float64]:
-        """Outputs of each participant's courses (T, regions): (n, k); of two classes one, above 0 for the second."""
-        vectors = self.connectivity_.transform([*rows, rows[0]])[: len(rows)]  # it refuses one participant alone
+    def decision_function(self, rows: Sequence[Any]) -> NDArray[np.float64]:
+        """Outputs of each participant's courses (T, regions): (n, k); of two classes one, above 0 for the second.
+
+        Raises:
+            InputError: see `Combat.transform`.
+        """
+        sites, courses = parted(rows) if self.harmonise else ([], rows)
+        vectors = self.connectivity_.transform([*courses, courses[0]])[:-1]  # it refuses one participant alone
+        if self.combat_ is not None:
+            vectors = self.combat_.transform(vectors, sites)
         return vectors @ self.weights_.T + self.bias_

@@ -109,8 +109,9 @@ class Regression(Task):
         return Ridge(), {"alpha": PENALTIES}, "r2"
 
     def predict(self, model: BaseEstimator, rows: Any) -> Floats:
-        """The prediction."""
-        return np.asarray(model.predict(rows), float).reshape(-1, 1)
+        """The prediction; a model that is made for every task calls it its decision function."""
+        predict = model.decision_function if hasattr(model, "decision_function") else model.predict
+        return np.asarray(predict(rows), float).reshape(-1, 1)
 
     def constant(self) -> BaseEstimator:
         """The training subjects' mean."""

@@ -11,6 +11,7 @@ from nilearn import signal
 from nilearn.connectome import ConnectivityMeasure
 from nilearn.maskers import NiftiLabelsMasker
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from small_stores import planted_store, some_voxels
@@ -28,6 +29,7 @@ from bundle.experiments.baselines import (
     table_model,
 )
 from bundle.heads import connectivity
+from bundle.heads.combat import Combat
 from bundle.heads.connectivity import ConnectivityModel
 from bundle.preparation.store import (
     read_clip,
@@ -105,7 +107,8 @@ def test_without_an_effect_scores_are_at_chance(tmp_path):
     assert sum(score["low"] <= 0.5 <= score["high"] for score in found) >= 4
 
 
-def test_test_subjects_labels_change_no_logit_and_no_threshold(store, tmp_path):
+@pytest.mark.parametrize("harmonise", [None, "combat"])
+def test_test_subjects_labels_change_no_logit_and_no_threshold(store, tmp_path, harmonise):
     splits = make_splits(read_manifest(store)["runs"], folds=3)
     copy = shutil.copytree(store, tmp_path / "store")
     for run in read_manifest(copy)["runs"]:
@@ -118,7 +121,8 @@ def test_test_subjects_labels_change_no_logit_and_no_threshold(store, tmp_path):
     series = store.parent / "series"
     results = []
     for where, out in ((store, tmp_path / "a"), (copy, tmp_path / "b")):
-        run_baseline("connectivity_logistic", where, store.parent / "splits.json", out, series, resamples=20)
+        arguments = (where, store.parent / "splits.json", out, series)
+        run_baseline("connectivity_logistic", *arguments, resamples=20, harmonise=harmonise)
         subjects = pd.read_csv(out / "subjects.tsv", sep="\t")
         results.append((subjects, json.loads((out / "scores.json").read_text())["threshold"]))
     (first, one), (second, two) = results
@@ -147,21 +151,76 @@ def test_the_classifier_in_the_span_of_the_rows_is_the_one_on_all_features():
     rng = np.random.default_rng(1)
     labels = np.arange(24) % 2
     series = [rng.normal(size=(60, 8)) + label * rng.normal(size=(60, 1)) * np.eye(8)[:3].sum(0) for label in labels]
-    for kind in ("correlation", "tangent"):
+    sites = ["a", "b", "c"] * 8
+    for kind, harmonise in (("correlation", False), ("tangent", False), ("tangent", True)):
         classifier = LogisticRegression(max_iter=5000, tol=1e-8)
-        model = ConnectivityModel(classifier, {"C": PENALTIES}, "roc_auc", 3, kinds=[kind]).fit(
-            series[:16], labels[:16]
-        )
+        given = list(zip(sites, series, strict=True)) if harmonise else series
+        model = ConnectivityModel(classifier, {"C": PENALTIES}, "roc_auc", 3, [kind], harmonise=harmonise)
+        model.fit(given[:16], labels[:16])
         measure = ConnectivityMeasure(kind=kind, vectorize=True, discard_diagonal=True, standardize=False)
         scaler = StandardScaler()
-        rows = scaler.fit_transform(measure.fit_transform(series[:16]))
+        rows, new = measure.fit_transform(series[:16]), measure.transform(series[16:])
+        if harmonise:
+            combat = Combat().fit(rows, sites[:16], labels[:16, None].astype(float))
+            rows, new = combat.transform(rows, sites[:16]), combat.transform(new, sites[16:])
+        rows = scaler.fit_transform(rows)
         folds = StratifiedKFold(5, shuffle=True, random_state=3)
         search = GridSearchCV(classifier, {"C": PENALTIES}, scoring="roc_auc", cv=folds)
         search.fit(rows, labels[:16])
-        expected = search.decision_function(scaler.transform(measure.transform(series[16:])))[:, None]
+        expected = search.decision_function(scaler.transform(new))[:, None]
         assert model.best_params_ == {"kind": kind} | search.best_params_
-        np.testing.assert_allclose(model.decision_function(series[16:]), expected, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(model.decision_function(series[16:17]), expected[:1], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(model.decision_function(given[16:]), expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(model.decision_function(given[16:17]), expected[:1], rtol=1e-3, atol=1e-4)
+
+
+def of_two_sites(rng: np.random.Generator, share: float) -> tuple[list[tuple[str, np.ndarray]], np.ndarray]:
+    """Sites and courses of 120 participants each: site b has more of a signal that all regions share, and this share of
+    cases (a has the others), in whom two regions vary together."""
+    rows, labels = [], []
+    for site, common, cases in (("a", 0.3, 1 - share), ("b", 0.8, share)):
+        for number in range(120):
+            label = int(number < round(120 * cases))
+            courses = rng.normal(size=(120, 6)) + common * rng.normal(size=(120, 1))
+            courses[:, :2] += 0.5 * label * rng.normal(size=(120, 1))
+            rows.append((site, courses))
+            labels.append(label)
+    return rows, np.array(labels)
+
+
+def test_where_cases_come_from_another_site_in_the_test_harmonised_connectivity_still_tells_them():
+    """A model that has learnt the site as well is then misled."""
+    rng = np.random.default_rng(2)
+    (train, labels), (test, truth) = of_two_sites(rng, 0.85), of_two_sites(rng, 0.15)
+    plain = ConnectivityModel(*BINARY.linear(0)).fit([courses for _, courses in train], labels)
+    harmonised = ConnectivityModel(*BINARY.linear(0), harmonise=True).fit(train, labels)
+    without = roc_auc_score(truth, plain.decision_function([courses for _, courses in test])[:, 0])
+    assert roc_auc_score(truth, harmonised.decision_function(test)[:, 0]) > max(0.75, without + 0.1)
+
+
+@pytest.mark.parametrize("harmonise", [None, "combat"])
+def test_a_number_is_predicted_from_connectivity_in_its_units(store, tmp_path, harmonise):
+    splits = make_splits(read_manifest(store)["runs"], folds=3, target="age")
+    save_splits(splits, tmp_path / "splits.json")
+    arguments = (store, tmp_path / "splits.json", tmp_path, store.parent / "series")
+    run_baseline("connectivity_ridge", *arguments, resamples=20, target={"target": "age"}, harmonise=harmonise)
+    ages = {run["participant_id"]: run["participant"]["age"] for run in read_manifest(store)["runs"]}
+    subjects = pd.read_csv(tmp_path / "subjects.tsv", sep="\t")
+    assert subjects["label"].tolist() == [ages[name] for name in subjects["participant_id"]]
+    assert subjects["predicted"].between(min(ages.values()), max(ages.values())).all()
+    assert json.loads((tmp_path / "baseline.json").read_text())["harmonise"] == harmonise
+
+
+def test_only_connectivity_is_harmonised_and_only_by_combat(store, tmp_path):
+    for name, harmonise in (("site", "combat"), ("connectivity_svm", "scaling")):
+        with pytest.raises(InputError, match="harmonise is 'combat', for one of connectivity_logistic"):
+            run_baseline(name, store, store.parent / "splits.json", tmp_path, tmp_path, harmonise=harmonise)
+
+
+def test_a_site_left_out_cannot_be_harmonised(store, tmp_path):
+    save_splits(make_splits(read_manifest(store)["runs"], folds=3, test_site="west"), tmp_path / "splits.json")
+    arguments = (store, tmp_path / "splits.json", tmp_path, store.parent / "series")
+    with pytest.raises(InputError, match="16 participants are of sites without training participants, such as west"):
+        run_baseline("connectivity_logistic", *arguments, harmonise="combat")
 
 
 def test_majority_scores_the_share_of_the_more_frequent_class(store, tmp_path):

@@ -28,6 +28,7 @@ SIZE = {"embed_dim": 4, "depths": [1, 1], "frames": 16}
 VOXEL = {"mode": "voxel", "sd_floor": 0.1, "clip": 5.0}
 READOUTS = {
     "mean": {"kind": "mean"},
+    "harmonised": {"kind": "mean", "harmonise": "combat"},
     "attention": {"kind": "attention"},
     "covariance": {"kind": "covariance", "stage": 1, "level": "group", "components": [1], "subtract": None},
 }
@@ -52,6 +53,7 @@ def test_every_subject_is_tested_once_in_every_way(tested, store):
     ways = {(size, shuffled, shifted) for *_, size, shuffled, shifted in found}
     assert ways == {(0, False, False), (8, False, False), (0, True, False), (0, False, True)}
     assert {readout for _, _, readout, *_ in found} == set(READOUTS)
+    assert {readout for _, _, readout, size, *_ in found if size} == set(READOUTS) - {"harmonised"}
     assert all(names == people for names in found.values())
 
 
@@ -66,6 +68,26 @@ def test_true_labels_are_those_of_the_store_and_shuffled_ones_keep_each_sites_sh
     assert (
         shares.to_dict() == once["participant_id"].map(true).groupby(once["participant_id"].map(sites)).mean().to_dict()
     )
+
+
+def test_a_harmonised_mean_is_that_of_combat_fitted_to_the_folds_training_subjects(store):
+    """A site that a readout is not told of goes into the mean tokens of its subjects, and comes out again."""
+    runs = records_of(store)
+    rng = np.random.default_rng(0)
+    labels = np.array([run["diagnosis"] for run in runs])
+    sites = [run["site"] for run in runs]
+    tokens = [torch.as_tensor(rng.normal(size=(2, 5, 3)) + label, dtype=torch.float32) for label in labels]
+    moved = [own + 50.0 * (site == "west") for own, site in zip(tokens, sites, strict=True)]
+    train, test = np.arange(12), np.arange(12, 18)
+
+    def logits(rows: list) -> np.ndarray:
+        given = list(zip(sites, rows, strict=True))
+        return frozen._harmonised_mean(0, [given[i] for i in train], labels[train], [given[i] for i in test])
+
+    np.testing.assert_allclose(logits(moved), logits(tokens), atol=1e-3)
+    changed = [own if i in train else 2 * own for i, own in enumerate(tokens)]
+    changed[12] = tokens[12]
+    assert logits(changed)[0] == pytest.approx(logits(tokens)[0])  # other test subjects do not matter
 
 
 def test_a_large_coupling_is_seen_by_connectivity_of_labels_groups_and_components(tmp_path):
@@ -249,6 +271,8 @@ def test_covariance_and_shifts_are_of_the_design_s_atlas_and_the_mean_is_of_none
     [
         ({"cohorts": ["age"]}, "cohorts are nothing, .* or painted, not 'age'"),
         ({"subject": 3}, "not a plan"),
+        ({"readouts": {"a": {"kind": "attention", "harmonise": "combat"}}}, "'a': harmonise is 'combat', and belongs"),
+        ({"readouts": {"a": {"kind": "mean", "harmonise": "other"}}}, "'a': harmonise is 'combat', and belongs"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):

@@ -84,7 +84,9 @@ def test_sources_find_the_runs_and_what_makes_a_case(given):
     groups = {name: "adhd" if age >= 7 else "control" for name, age in AGES.items()}
     assert found == {f"sub-kid{n}": ("painted", groups[f"kid{n}"], AGES[f"kid{n}"]) for n in (1, 2, 3, 4)}
     assert all(run["mask"] is not None and "problem" not in run for run in runs)
-    assert list(pd.read_csv(folder / "participants.tsv", sep="\t")["sex"]) == list("FMFM")
+    written = pd.read_csv(folder / "participants.tsv", sep="\t")
+    assert list(written) == ["participant_id", "site", "diagnosis", "age", "Child_Adult", "sex"]
+    assert list(written["sex"]) == list("FMFM")
     assert open_bold(runs[0]["bold"]).tr == 2.0
     record = json.loads((folder / "painted.json").read_text())
     assert record["what"] == "real time courses painted into MNI volumes"

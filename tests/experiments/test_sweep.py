@@ -32,7 +32,7 @@ from bundle.experiments import trial as module
 from bundle.experiments.baselines import participant_series
 from bundle.experiments.report import write_report
 from bundle.experiments.statistics import read_outcomes
-from bundle.experiments.sweep import Sweep, describe_data, plan_trials, read_sweep, run_sweep
+from bundle.experiments.sweep import Sweep, baselines, describe_data, plan_trials, read_sweep, run_sweep
 from bundle.experiments.trial import is_finished
 from bundle.files import ROOT
 from bundle.locks import locked
@@ -483,6 +483,23 @@ def test_one_sweep_goes_over_atlases_given_by_name_and_by_file(dense_store, tmp_
         assert found <= set(load_atlas(trials[name].atlas).names.values())
 
 
+def test_harmonised_connectivity_is_a_baseline_of_its_own_and_has_the_site_beside_it(dense_store, tmp_path):
+    harmonised = {"baseline": "connectivity_logistic", "harmonise": "combat"}
+    settings = {"strategies": [], "splits": {"folds": 3, "test": [0]}}
+    sweep = small(dense_store, tmp_path, baselines=["connectivity_logistic", harmonised], **settings)
+    trials = {trial.strategy.name: trial for trial in plan_trials(sweep)}
+    assert list(trials) == ["site", "connectivity_logistic", "connectivity_logistic_combat"]
+    assert len({trial.sha256 for trial in trials.values()}) == 3
+    assert run_sweep(sweep) == []
+    facts = {name: json.loads((Path(trial.folder) / "baseline.json").read_text()) for name, trial in trials.items()}
+    assert {name: own["harmonise"] for name, own in facts.items()} == {
+        "site": None, "connectivity_logistic": None, "connectivity_logistic_combat": "combat",
+    }  # fmt: skip
+    over = small(dense_store, tmp_path, baselines=["site", harmonised | {"atlas": ["AAL3", "AAL116"]}], **settings)
+    names = ["site", "AAL3_connectivity_logistic_combat", "AAL116_connectivity_logistic_combat"]
+    assert [own.name for own in baselines(over)] == names
+
+
 def test_connectivity_is_of_the_labels_of_its_atlas(dense_store, tmp_path, halves):
     """Of a coarser copy of AAL3, whose labels have other names."""
     run = read_manifest(dense_store)["runs"][0]
@@ -496,8 +513,8 @@ def test_connectivity_is_of_the_labels_of_its_atlas(dense_store, tmp_path, halve
 
 def test_another_table_beside_the_same_image_makes_trials_anew(store, tmp_path, calls, halves):
     strategies = [{"mask": "region", "atlas": str(halves), "regions": ["left"]}]
-    baselines = ["majority", {"baseline": "connectivity_logistic", "atlas": str(halves)}]
-    sweep = small(store, tmp_path, strategies=strategies, baselines=baselines, splits={"folds": 3, "test": [0]})
+    rivals = ["majority", {"baseline": "connectivity_logistic", "atlas": str(halves)}]
+    sweep = small(store, tmp_path, strategies=strategies, baselines=rivals, splits={"folds": 3, "test": [0]})
     before = {trial.strategy.name: trial for trial in plan_trials(sweep)}
     other = tmp_path / "other"
     other.mkdir()
@@ -573,6 +590,9 @@ def test_ready_made_sweeps_are_valid(name):
         ({"strategies": [LIMBIC], "pretrain": {"atlas": "AAL116"}}, "belongs to a strategy or to `overrides`"),
         ({"baselines": [{"baseline": "majority", "atlas": "AAL3"}]}, "one of connectivity_logistic, connectivity_svm"),
         ({"baselines": [{"baseline": "connectivity_svm", "atlas": ["AAL3", "AAL3"]}]}, "same name"),
+        ({"baselines": [{"baseline": "site", "harmonise": "combat"}]}, "`harmonise` .'combat'. or both"),
+        ({"baselines": [{"baseline": "connectivity_svm", "harmonise": "other"}]}, "`harmonise` .'combat'. or both"),
+        ({"strategies": [{"name": "a", "mask": "region", "harmonise": "combat"}]}, "served without knowing sites"),
         ({"flavour": 1}, "not a sweep"),
         ({}, "nothing to run"),
     ],

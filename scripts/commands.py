@@ -1,21 +1,24 @@
 """The commands, each one call into `bundle`; `scripts.demo` strings them together."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
 from bundle.anatomy.atlas import AAL3, load_atlas, region_table
 from bundle.data.splits import count_table, make_splits, save_all_splits, save_splits
+from bundle.deploy.bids_app import LEVELS, run_participants, write_group
 from bundle.deploy.export import export_run
 from bundle.deploy.published import convert_file
 from bundle.deploy.release import release as release_checkpoint
 from bundle.dicom.convert import convert_folder
-from bundle.errors import unwrapped
+from bundle.errors import InputError, unwrapped
 from bundle.evaluation.figures import mask_overlay
 from bundle.experiments import painted
 from bundle.experiments.gallery import draw_all
@@ -333,6 +336,49 @@ def release(checkpoint: str, folder: str = "models") -> None:
         folder: the bundle's folder of models.
     """
     release_checkpoint(checkpoint, folder)
+
+
+def app(
+    bids_dir: str,
+    out_dir: str,
+    level: str,
+    *labels: str,
+    participant_label: str | None = None,
+    model: str | None = None,
+    work_dir: str | None = None,
+    atlas: str = AAL3,
+    **entries: str,
+) -> None:
+    """BIDS App: score the participants of fMRIPrep-like derivatives, into a BIDS derivative with a page for each.
+
+    A participant who cannot be scored never stops the others: the page and phenotype/ say why, and the exit status is
+    then not 0. Called again, it goes on where it ended; who is scored with the same files and settings is left as is.
+
+    Args:
+        bids_dir: derivatives as fMRIPrep writes them, with runs in MNI space.
+        out_dir: folder of the BIDS derivative.
+        level: "participant" scores; "group" writes one table and one page of all.
+        labels: further labels after --participant_label.
+        participant_label: labels with blanks or commas between, with "sub-" or without; by default all.
+        model: models/model.pt of `release`, or a classifier's checkpoint.
+        work_dir: folder for what is needed only to go on; by default OUT_DIR-work.
+        atlas: as for `regions`, where the model was trained with another than AAL3.
+        entries: any other option is an entry of configs/inference.json.
+    """
+    if level not in LEVELS:
+        raise InputError(f"the level must be participant or group, not {level!r}")
+    if labels and participant_label is None:
+        raise InputError(f"{labels[0]!r} is one word too many; labels come after --participant_label")
+    wanted = [label for text in (participant_label or "", *labels) for label in re.split(r"[\s,]+", text) if label]
+    if level == "group":
+        if entries:
+            raise InputError(f"--{min(entries)}: the level group scores nobody, so it has no such option")
+        write_group(bids_dir, out_dir, wanted)
+        return
+    if model is None:
+        raise InputError("the level participant needs --model, e.g. models/model.pt")
+    options = {name: DefaultParseValue(value) for name, value in entries.items()}
+    run_participants(bids_dir, out_dir, model, wanted, work_dir, atlas, options)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ from monai.bundle import ConfigParser
 from bundle.anatomy.atlas import AAL3, load_atlas, region_table
 from bundle.data.splits import count_table, make_splits, save_all_splits, save_splits
 from bundle.deploy.bids_app import LEVELS, run_participants, write_group
+from bundle.deploy.embed import embed as embed_store
 from bundle.deploy.export import export_run
 from bundle.deploy.published import convert_file
 from bundle.deploy.release import release as release_checkpoint
@@ -336,6 +337,29 @@ def release(checkpoint: str, folder: str = "models") -> None:
         folder: the bundle's folder of models.
     """
     release_checkpoint(checkpoint, folder)
+
+
+def embed(
+    store: str,
+    checkpoint: str,
+    out: str,
+    per: str = "subject",
+    regions: str | None = None,
+    stage: int | None = None,
+    atlas: str = AAL3,
+) -> None:
+    """Write the encoder's mean token of each subject or run, or of each region there, as Parquet.
+
+    Args:
+        store: the prepared store.
+        checkpoint: best.pt of a pretraining or training, or models/model.pt.
+        out: .parquet to write; pandas.read_parquet(OUT).attrs says what it was made with.
+        per: a row per "subject" or per "run".
+        regions: "group" or "label": a row per region or per label of the atlas within each.
+        stage: of the encoder, 0 to 4; by default the last, of regions the first.
+        atlas: as for `regions`.
+    """
+    embed_store(store, checkpoint, out, per, regions, stage, atlas)
 
 
 def app(

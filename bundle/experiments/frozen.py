@@ -24,6 +24,7 @@ from bundle.data.clips import clips, shuffled_within
 from bundle.data.normalisation import Normalisation
 from bundle.data.targets import target_of
 from bundle.data.transforms import ScatterClipd, TakeClipd, TimeLastd
+from bundle.deploy.embed import frozen_encoder
 from bundle.errors import InputError
 from bundle.experiments.baselines import participant_series
 from bundle.heads.attention import AttentionClassifier
@@ -33,7 +34,6 @@ from bundle.heads.pooling import pool
 from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.preparation import store
 from bundle.tasks.binary import Binary
-from bundle.training.checkpoints import encoder_weights, load_checkpoint, saved_facts
 
 CONNECTIVITY = ("connectivity of labels", "connectivity of groups", "connectivity of components")
 """Readouts without an encoder: of all labels, as the baseline of a sweep; of the groups' means; of `COMPONENTS`
@@ -206,11 +206,8 @@ def load_frozen(settings: Mapping[str, Any], seed: int) -> tuple[SwinMambaEncode
         torch.manual_seed(seed)
         encoder = SwinMambaEncoder(**settings["size"])
         return encoder.requires_grad_(False).eval(), Normalisation(**settings["normalisation"])
-    saved = load_checkpoint(settings["checkpoint"])
-    facts = saved_facts(saved, settings["checkpoint"])
-    encoder = SwinMambaEncoder(**facts["network"])
-    encoder.load_state_dict(encoder_weights(saved), strict=True)
-    return encoder.requires_grad_(False).eval(), Normalisation(**facts["normalisation"])
+    encoder, facts = frozen_encoder(settings["checkpoint"])
+    return encoder, Normalisation(**facts["normalisation"])
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from bundle.data.splits import count_table, make_splits, save_all_splits, save_s
 from bundle.deploy.bids_app import LEVELS, run_participants, write_group
 from bundle.deploy.embed import embed as embed_store
 from bundle.deploy.export import export_run
+from bundle.deploy.maps import write_maps
 from bundle.deploy.published import convert_file
 from bundle.deploy.release import release as release_checkpoint
 from bundle.dicom.convert import convert_folder
@@ -360,6 +361,29 @@ def embed(
         atlas: as for `regions`.
     """
     embed_store(store, checkpoint, out, per, regions, stage, atlas)
+
+
+def maps(
+    store: str,
+    checkpoint: str,
+    folder: str,
+    level: str = "group",
+    baseline: str = "temporal_mean",
+    steps: int = 16,
+    atlas: str = AAL3,
+) -> None:
+    """Write a NIfTI map per subject in MNI space: what a classifier uses, or how well a pretrained network rebuilds.
+
+    Args:
+        store: the prepared store; labels are not needed.
+        checkpoint: best.pt of a pretraining or training, or models/model.pt.
+        folder: where the maps go, with maps.csv and maps.json.
+        level: take out, or hide, one "group" of the atlas or one "label" at a time.
+        baseline: what takes its place in a classifier's clips: "temporal_mean" or "cohort_mean".
+        steps: of integrated gradients, where the classifier has gradients.
+        atlas: as for `regions`.
+    """
+    write_maps(store, checkpoint, folder, level, baseline, steps, atlas)
 
 
 def app(

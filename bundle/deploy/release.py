@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bundle.anatomy.atlas import AAL3, load_atlas
@@ -34,6 +35,14 @@ def release(checkpoint: str | Path, folder: str | Path) -> Path:
     write_checkpoint(saved["network"], path)
     write_json(path.with_suffix(".json"), facts | {"sha256": file_sha256(path)})
     return path
+
+
+def open_model(path: str | Path) -> "ReleasedModel":
+    """A released model, or a classifier's checkpoint as `release` would write it."""
+    if Path(path).with_suffix(".json").is_file():
+        return ReleasedModel(path)
+    with TemporaryDirectory() as folder:
+        return ReleasedModel(release(path, folder))
 
 
 class ReleasedModel:

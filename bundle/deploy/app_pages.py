@@ -14,6 +14,15 @@ KINDS = {"scored": "good", "incomplete": "warned", "failed": "failed", "absent":
 """How a participant's status is coloured, in the words of `bundle.preparation.run_report`."""
 
 
+_HEAD = ("participant_id", "status")
+
+
+def _kind(row: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+    """How a participant is coloured; who is scored with a warning is not good."""
+    kind = KINDS[row["status"]]
+    return "warned" if kind == "good" and facts["warnings"] else kind
+
+
 def _low() -> dict[str, float]:
     return {"coverage": load_preparation().min_coverage, "mni_overlap": GOOD_OVERLAP}
 
@@ -37,14 +46,11 @@ def write_participant_page(
     """
     context = {
         "row": row,
-        "kind": KINDS[row["status"]],
+        "kind": _kind(row, facts),
         "values": [(name, value, meanings.get(name, "")) for name, value in row.items() if name not in _HEAD],
         "facts": facts,
     }
     write_text(path, render("participant.html.j2", **context, **cards(facts["runs"], pictures, _low())))
-
-
-_HEAD = ("participant_id", "status")
 
 
 def write_group_page(
@@ -61,10 +67,11 @@ def write_group_page(
         meanings: of the columns.
         facts: of each participant who has been tried, as for `write_participant_page`.
     """
-    coloured = [_numbers(row) | {"status": KINDS[row["status"]], "warnings": ""} for row in rows]
+    kinds = {row["participant_id"]: _kind(row, facts.get(row["participant_id"], {})) for row in rows}
+    coloured = [_numbers(row) | {"status": kinds[row["participant_id"]], "warnings": ""} for row in rows]
     columns = {name: (name, "") for row in coloured for name, value in row.items() if isinstance(value, float)}
     context = {
-        "rows": [{**row, "kind": KINDS[row["status"]], "page": row["participant_id"] in facts} for row in rows],
+        "rows": [{**row, "kind": kinds[row["participant_id"]], "page": row["participant_id"] in facts} for row in rows],
         "columns": [name for name in (rows[0] if rows else {}) if name not in _HEAD],
         "meanings": meanings,
         "kinds": {word: sum(row["status"] == word for row in rows) for word in KINDS},
@@ -72,6 +79,7 @@ def write_group_page(
         "scores": rugs(coloured, {}, columns),
         "runs": rugs([run for said in facts.values() for run in said["runs"]], _low()),
         "reasons": {name: said["reason"] for name, said in facts.items() if said["reason"]},
+        "warnings": {name: said["warnings"] for name, said in facts.items() if said["warnings"]},
         "facts": next(iter(facts.values())),
     }
     write_text(path, render("group.html.j2", **context))

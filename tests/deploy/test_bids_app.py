@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from small_pages import addresses, read_page, text_of
+from small_pages import addresses, of_class, read_page, text_of
 from small_runs import coarse_signal, save_bold
 from tiny_configs import run
 
@@ -219,6 +219,20 @@ def test_whatever_the_engine_gives_is_passed_on(
     for page in ("sub-00.html", "group.html"):
         assert all(word in text_of(read_page(out / page)) for word in ("0.875", "how strange", "beyond <b>reason</b>"))
     assert table_of(out / "phenotype" / "prediction.tsv")["status"].value_counts()["absent"] == 11
+
+
+def test_what_the_engine_doubts_is_said_on_both_pages(derivatives: Path, model: Path, tmp_path: Path):
+    """Runs without a mask, by a model whose training runs had theirs."""
+    bold = derivatives / "sub-00" / "func" / f"sub-00_task-rest_{SPACE}"
+    (tmp_path / "in" / "sub-00" / "func").mkdir(parents=True)
+    shutil.copy(bold, tmp_path / "in" / "sub-00" / "func")
+    run_participants(tmp_path / "in", tmp_path / "out", model)
+    write_group(tmp_path / "in", tmp_path / "out")
+    page, group = (read_page(tmp_path / "out" / name) for name in ("sub-00.html", "group.html"))
+    assert "Scored, with all runs, but with a warning" in text_of(page)
+    for element in (page, group):
+        assert "brain masks of another origin" in text_of(element)
+        assert of_class(element, "warned")
 
 
 @pytest.mark.parametrize(

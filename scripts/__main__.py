@@ -1,18 +1,23 @@
 """`python -m scripts COMMAND --help`: docs/code.md lists them."""
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
+from inspect import Parameter
 from typing import Any, get_args, get_type_hints
 
 import fire
 
 from bundle.errors import InputError
 from scripts.commands import (
+    app,
     convert,
     dicom,
+    embed,
     export,
+    maps,
     overlay,
     paint,
     pictures,
@@ -37,11 +42,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "preflight": preflight,
     "prepare": prepare,
     "export": export,
+    "embed": embed,
+    "maps": maps,
     "splits": splits,
     "regions": regions,
     "overlay": overlay,
     "convert": convert,
     "release": release,
+    "app": app,
     "sweep": sweep,
     "report": report,
     "truth": truth,
@@ -65,9 +73,12 @@ def _typed(command: Callable) -> Callable:
 
         return parse
 
+    parameters = inspect.signature(command).parameters
     for name, hint in get_type_hints(command).items():
         kinds = set(get_args(hint) or [hint]) - {type(None)}
-        if kinds == {str}:
+        if name in parameters and parameters[name].kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+            fire.decorators.SetParseFn(hint)(command)
+        elif kinds == {str}:
             fire.decorators.SetParseFns(**{name: str})(command)
         elif kinds in ({int}, {float}):
             fire.decorators.SetParseFns(**{name: number(name, *kinds)})(command)

@@ -35,9 +35,18 @@ def region_index(regions: Sequence[Regions], atlas: Atlas) -> NDArray[np.int64]:
 
 
 def label_map(values: Mapping[str, float], atlas: Atlas) -> nib.Nifti1Image:
-    """Paint each label's value on the grid (MNI, 2 mm); voxels without a label are 0."""
+    """Paint each label's value on the grid (MNI, 2 mm, and its header says so); voxels without a label are 0."""
     painted = _painted(atlas, [values.get(name, 0.0) for name in atlas.names.values()], np.dtype(np.float32))
-    return nib.Nifti1Image(np.nan_to_num(painted), grid.AFFINE)
+    image = nib.Nifti1Image(np.nan_to_num(painted), grid.AFFINE)
+    image.set_sform(grid.AFFINE, "mni")
+    image.set_qform(grid.AFFINE, "mni")
+    return image
+
+
+def parcel_map(values: Mapping[str, float], atlas: Atlas, level: str) -> nib.Nifti1Image:
+    """`label_map` of the values of a level's parcels, see `parcels_of`."""
+    parcels = parcels_of(atlas, level)
+    return label_map({atlas.names[n]: value for name, value in values.items() for n in parcels[name]}, atlas)
 
 
 def _painted(atlas: Atlas, values: Sequence[float], dtype: np.dtype) -> NDArray:

@@ -2,9 +2,12 @@
 
 import json
 import logging
+import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.data.normalisation import Normalisation
 from bundle.errors import InputError
 from bundle.files import file_sha256, write_json
@@ -12,6 +15,7 @@ from bundle.preparation.chain import rebuild_preparation
 from bundle.tasks.kinds import task_from
 from bundle.training.checkpoints import load_checkpoint, saved_facts, write_checkpoint
 from bundle.training.provenance import Provenance
+from bundle.training.provenance import entries as leaves
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,14 @@ def release(checkpoint: str | Path, folder: str | Path) -> Path:
     write_checkpoint(saved["network"], path)
     write_json(path.with_suffix(".json"), facts | {"sha256": file_sha256(path)})
     return path
+
+
+def open_model(path: str | Path) -> "ReleasedModel":
+    """A released model, or a classifier's checkpoint as `release` would write it."""
+    if Path(path).with_suffix(".json").is_file():
+        return ReleasedModel(path)
+    with TemporaryDirectory() as folder:
+        return ReleasedModel(release(path, folder))
 
 
 class ReleasedModel:
@@ -71,6 +83,28 @@ class ReleasedModel:
             raise InputError(f"{self.path}: a pretrained network, which predicts nothing; train one, and release that")
         self.task = task_from(self.record["task"])
         self.preparation = rebuild_preparation(self.record["preparation"], source)
+
+    def entries(self, atlas: str = AAL3) -> dict[str, Any]:
+        """The entries of `configs/inference.json` that the network needs, from what it was made with.
+
+        Args:
+            atlas: of the training, which the record knows by its hash only; see `bundle.anatomy.atlas.load_atlas`.
+
+        Raises:
+            InputError: it was trained with another atlas, or the record asks for what is no head of this bundle.
+        """
+        config, source = self.record["config"], self.path.with_suffix(".json")
+        network = dict(config["network_def"])
+        network |= {name: value for name, value in self.record["network"].items() if name in network}
+        own = f"sha256 {load_atlas(atlas).sha256}"
+        if network.get("atlas", own) != own:
+            raise InputError(f"{source}: was trained with another atlas than {atlas}; give its --atlas")
+        network |= {"atlas": atlas} if "atlas" in network else {}
+        made = {"network_def": network} | {name: config[name] for name in ("frames", "clip_stride", "whole_runs")}
+        strange = [value for _, value in leaves(made) if isinstance(value, str) and value.startswith(("$", "@", "%"))]
+        if strange or not re.fullmatch(r"bundle\.heads\.\w+\.\w+", str(network.get("_target_"))):
+            raise InputError(f"{source}: its network is no head of this bundle, so it is not made; release it again")
+        return made | {"atlas": atlas}
 
     def load_into(self, network: Any) -> None:
         """Load the weights, refusing a network of other sizes; every key must fit.

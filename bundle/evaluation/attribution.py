@@ -191,6 +191,89 @@ def _slope(joined: NDArray, axis: int) -> NDArray:
     return (centred * x).sum(axis) / (x * x).sum(axis)
 
 
+def attributed(
+    network: nn.Module,
+    inferer: Inferer,
+    clips: Sequence[dict[str, Any]],
+    transforms: Sequence[Callable],
+    task: Task,
+    of_class: str | None = None,
+    levels: Sequence[str] = LEVELS,
+    steps: int = 16,
+    baseline: str = "temporal_mean",
+    atlas: str | Path = AAL3,
+) -> pd.DataFrame:
+    """Attributions of each subject, the means over the subject's clips; the arguments are those of `attribute`.
+
+    Returns:
+        Rows of `participant_id`, `label` (NaN where clips have none), `method`, `level`, `name`, `voxels`, `value`.
+
+    Raises:
+        InputError: there is no such baseline or class.
+    """
+    if baseline not in BASELINES:
+        raise InputError(f"baseline must be one of {', '.join(BASELINES)}, not {baseline!r}")
+    if of_class is not None and (task.outputs == 1 or of_class not in task.classes):
+        known = (
+            f"is one of {', '.join(task.classes)}" if task.outputs > 1 else "is for targets of three classes or more"
+        )
+        raise InputError(f"of_class {known}; it cannot be {of_class!r}")
+    number = task.classes.index(of_class) if of_class is not None else task.outputs - 1
+    loaded, prepare = load_atlas(atlas), Compose(transforms)
+    members = {level: parcels_of(loaded, level) for level in LEVELS}
+    index = {level: parcel_index(loaded, members[level]) for level in LEVELS}
+    counts = [len(names) for names in members.values()]
+    voxels = {level: np.bincount(index[level].flatten(), minlength=len(members[level]) + 1)[1:] for level in LEVELS}
+    network.eval().requires_grad_(False)
+    if hasattr(network, "freeze"):
+        network.freeze = False  # type: ignore[assignment]  # else no gradient would reach the image through a frozen encoder
+
+    differentiable = getattr(network, "differentiable", True)
+    if not differentiable:
+        logger.info("A logit of this readout has no gradient, so there is ablation only")
+    whole_runs = "starts" in clips[0]
+
+    def logit(image: Tensor) -> Tensor:
+        of_clips = image.unflatten(1, (-1, channels))  # (B, C, channels, X, Y, Z, T)
+        counts = ([of_clips.shape[1]] * len(image),) if whole_runs else ()
+        return inferer(of_clips.flatten(0, 1), network, *counts)[:, number].float()
+
+    def read(position: int) -> tuple[dict, Tensor]:
+        items = [prepare(clip) for clip in clips_of(clips[position])]
+        return items[0], torch.cat([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])[None]
+
+    def sought(item: dict) -> float:
+        if "label" not in item:
+            return float("nan")
+        if not task.classes:
+            return float(task.scaled(item["label"]))
+        return float(item["label"] == (number if task.outputs > 1 else 1))
+
+    channels = len(read(0)[0]["image"])
+    common = None
+    if baseline == "cohort_mean":
+        common = cohort_mean((read(position)[1] for position in range(len(clips))), channels)
+    tables = []
+    for position in tqdm(range(len(clips)), desc="attribute to regions", unit="clip"):
+        item, image = read(position)
+        if common is None:
+            without = temporal_mean(image)
+        else:
+            without = common.repeat(1, image.shape[1] // channels, 1, 1, 1, 1).expand_as(image)
+        found: dict[tuple[str, str], NDArray[np.float64]] = {}
+        if differentiable:
+            summed = gradients(logit, image, without, list(index.values()), counts, steps)
+            found = {("integrated_gradients", level): values for level, values in zip(LEVELS, summed, strict=True)}
+        for level in levels:
+            found["ablation", level] = ablation(logit, image, without, index[level], len(members[level]))
+        for (method, level), values in found.items():
+            names = {"method": method, "level": level, "name": list(members[level]), "voxels": voxels[level]}
+            table = pd.DataFrame(names | {"value": values})
+            tables.append(table.assign(participant_id=item["participant_id"], label=sought(item)))
+    keys = ["participant_id", "label", "method", "level", "name", "voxels"]
+    return pd.concat(tables).groupby(keys, sort=False, dropna=False)["value"].mean().reset_index()
+
+
 def attribute(
     network: nn.Module,
     inferer: Inferer,
@@ -232,65 +315,8 @@ def attribute(
     Raises:
         InputError: there is no such baseline or class.
     """
-    if baseline not in BASELINES:
-        raise InputError(f"baseline must be one of {', '.join(BASELINES)}, not {baseline!r}")
-    if of_class is not None and (task.outputs == 1 or of_class not in task.classes):
-        known = (
-            f"is one of {', '.join(task.classes)}" if task.outputs > 1 else "is for targets of three classes or more"
-        )
-        raise InputError(f"of_class {known}; it cannot be {of_class!r}")
-    number = task.classes.index(of_class) if of_class is not None else task.outputs - 1
-    loaded, prepare = load_atlas(atlas), Compose(transforms)
-    members = {level: parcels_of(loaded, level) for level in LEVELS}
-    index = {level: parcel_index(loaded, members[level]) for level in LEVELS}
-    counts = [len(names) for names in members.values()]
-    voxels = {level: np.bincount(index[level].flatten(), minlength=len(members[level]) + 1)[1:] for level in LEVELS}
-    network.eval().requires_grad_(False)
-    if hasattr(network, "freeze"):
-        network.freeze = False  # type: ignore[assignment]  # else no gradient would reach the image through a frozen encoder
-
-    differentiable = getattr(network, "differentiable", True)
-    if not differentiable:
-        logger.info("A logit of this readout has no gradient, so there is ablation only")
-    whole_runs = "starts" in clips[0]
-
-    def logit(image: Tensor) -> Tensor:
-        of_clips = image.unflatten(1, (-1, channels))  # (B, C, channels, X, Y, Z, T)
-        counts = ([of_clips.shape[1]] * len(image),) if whole_runs else ()
-        return inferer(of_clips.flatten(0, 1), network, *counts)[:, number].float()
-
-    def read(position: int) -> tuple[dict, Tensor]:
-        items = [prepare(clip) for clip in clips_of(clips[position])]
-        return items[0], torch.cat([torch.as_tensor(item["image"]).as_subclass(Tensor) for item in items])[None]
-
-    def sought(label: float) -> float:
-        if not task.classes:
-            return float(task.scaled(label))
-        return float(label == (number if task.outputs > 1 else 1))
-
-    channels = len(read(0)[0]["image"])
-    common = None
-    if baseline == "cohort_mean":
-        common = cohort_mean((read(position)[1] for position in range(len(clips))), channels)
-    tables = []
-    for position in tqdm(range(len(clips)), desc="attribute to regions", unit="clip"):
-        item, image = read(position)
-        if common is None:
-            without = temporal_mean(image)
-        else:
-            without = common.repeat(1, image.shape[1] // channels, 1, 1, 1, 1).expand_as(image)
-        found: dict[tuple[str, str], NDArray[np.float64]] = {}
-        if differentiable:
-            summed = gradients(logit, image, without, list(index.values()), counts, steps)
-            found = {("integrated_gradients", level): values for level, values in zip(LEVELS, summed, strict=True)}
-        for level in levels:
-            found["ablation", level] = ablation(logit, image, without, index[level], len(members[level]))
-        for (method, level), values in found.items():
-            names = {"method": method, "level": level, "name": list(members[level]), "voxels": voxels[level]}
-            table = pd.DataFrame(names | {"value": values})
-            tables.append(table.assign(participant_id=item["participant_id"], label=sought(item["label"])))
-    keys = ["participant_id", "label", "method", "level", "name", "voxels"]
-    subjects = pd.concat(tables).groupby(keys, sort=False)["value"].mean().reset_index()  # over a subject's clips
+    loaded = load_atlas(atlas)
+    subjects = attributed(network, inferer, clips, transforms, task, of_class, levels, steps, baseline, atlas)
     summary = summarise(subjects, resamples, seed)
     output_dir = Path(output_dir)
     write_text(output_dir / "attribution_subjects.csv", subjects.to_csv(index=False))

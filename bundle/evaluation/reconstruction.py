@@ -81,6 +81,27 @@ def label_sums(
     return sums[1:]
 
 
+def clip_sums(
+    network: nn.Module,
+    inferer: Inferer,
+    item: dict[str, Any],
+    labels: NDArray[np.int64],
+    hidden: NDArray[np.int64],
+    names: Sequence[str],
+) -> pd.DataFrame:
+    """`label_sums` of a clip (`image`, `brain`, `participant_id`): rows of `participant_id`, `name` and `SUMS`."""
+    image = item["image"].as_tensor()[None].contiguous()  # (1, channels, X, Y, Z, T)
+    brain = item["brain"].as_tensor()[0].bool().cpu().numpy()
+    sums = label_sums(partial(inferer, network=network), image, brain, labels, hidden, len(names))
+    table = pd.DataFrame(sums, columns=list(SUMS)).assign(name=list(names))
+    return table.assign(participant_id=item["participant_id"])
+
+
+def subject_sums(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Sums over each subject's clips, from `clip_sums`."""
+    return pd.concat(tables).groupby(["participant_id", "name"], sort=True)[list(SUMS)].sum().reset_index()
+
+
 def summarise(subjects: pd.DataFrame, atlas: Atlas, resamples: int, seed: int) -> pd.DataFrame:
     """MSE and temporal R² of each label, each group and the whole, with bootstrap intervals over subjects.
 
@@ -168,11 +189,8 @@ def evaluate_reconstruction(
         prediction = inferer(image, network, target["mask"])
         for metric in own.values():
             metric.update((prediction, target))
-        brain = item["brain"].as_tensor()[0].bool().cpu().numpy()
-        sums = label_sums(partial(inferer, network=network), image, brain, labels, hidden, len(members))
-        table = pd.DataFrame(sums, columns=list(SUMS)).assign(name=list(members))
-        tables.append(table.assign(participant_id=item["participant_id"]))
-    subjects = pd.concat(tables).groupby(["participant_id", "name"], sort=True)[list(SUMS)].sum().reset_index()
+        tables.append(clip_sums(network, inferer, item, labels, hidden, list(members)))
+    subjects = subject_sums(tables)
     summary = summarise(subjects, loaded, resamples, seed)
     output_dir = Path(output_dir)
     write_text(output_dir / "reconstruction_subjects.csv", subjects.to_csv(index=False))

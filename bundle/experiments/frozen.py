@@ -24,6 +24,7 @@ from bundle.data.clips import clips, shuffled_within
 from bundle.data.normalisation import Normalisation
 from bundle.data.targets import target_of
 from bundle.data.transforms import ScatterClipd, TakeClipd, TimeLastd
+from bundle.deploy.embed import frozen_encoder
 from bundle.errors import InputError
 from bundle.experiments.baselines import participant_series
 from bundle.heads.attention import AttentionClassifier
@@ -34,7 +35,6 @@ from bundle.heads.pooling import pool
 from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.preparation import store
 from bundle.tasks.binary import Binary
-from bundle.training.checkpoints import encoder_weights, load_checkpoint, saved_facts
 
 CONNECTIVITY = ("connectivity of labels", "connectivity of groups", "connectivity of components")
 """Readouts without an encoder: of all labels, as the baseline of a sweep; of the groups' means; of `COMPONENTS`
@@ -215,15 +215,15 @@ def load_frozen(settings: Mapping[str, Any], seed: int) -> tuple[SwinMambaEncode
         seed: of random weights.
     """
     if "checkpoint" in settings:
-        saved = load_checkpoint(settings["checkpoint"])
-        facts = saved_facts(saved, settings["checkpoint"])
-        encoder, normalisation = SwinMambaEncoder(**facts["network"]), facts["normalisation"]
-        encoder.load_state_dict(encoder_weights(saved), strict=True)
+        encoder, facts = frozen_encoder(settings["checkpoint"])
+        normalisation = facts["normalisation"]
     else:
         torch.manual_seed(seed)
-        encoder, normalisation = SwinMambaEncoder(**settings["size"]), settings["normalisation"]
-    encoder = encoder.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    return encoder, Normalisation(**normalisation)
+        encoder, normalisation = (
+            SwinMambaEncoder(**settings["size"]).requires_grad_(False).eval(),
+            settings["normalisation"],
+        )
+    return encoder.to("cuda" if torch.cuda.is_available() else "cpu"), Normalisation(**normalisation)
 
 
 @torch.no_grad()

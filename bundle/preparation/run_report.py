@@ -43,18 +43,26 @@ def write(
         WriteError: the folder cannot be written.
     """
     write_text(Path(folder) / tsv, pd.DataFrame(rows).to_csv(sep="\t", index=False))
-    regions = _regions(rows)
-    worst = sorted(rows, key=lambda row: KINDS.index(kind_of(row)))
     context = {
         "title": title,
         "tsv": tsv,
         "kinds": {kind: sum(kind_of(row) == kind for row in rows) for kind in KINDS},
-        "cards": [_card(row, regions, (pictures or {}).get(row["run_id"]), low or {}) for row in worst],
         "rugs": rugs(rows, low or {}),
+    }
+    write_text(Path(folder) / page, render("runs.html.j2", **context, **cards(rows, pictures, low or {})))
+
+
+def cards(
+    rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, bytes] | None, low: Mapping[str, float]
+) -> dict[str, Any]:
+    """What a page has to know to show a card per run, worst first: "cards", "pictures" and "colours"; see `write`."""
+    regions = _regions(rows)
+    worst = sorted(rows, key=lambda row: KINDS.index(kind_of(row)))
+    return {
+        "cards": [_card(row, regions, (pictures or {}).get(row["run_id"]), low) for row in worst],
         "pictures": pictures is not None,
         "colours": region_colours(regions),
     }
-    write_text(Path(folder) / page, render("runs.html.j2", **context))
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -123,15 +131,24 @@ def _measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
     }
 
 
-def rugs(rows: Sequence[Mapping[str, Any]], low: Mapping[str, float]) -> list[dict[str, Any]]:
+def rugs(
+    rows: Sequence[Mapping[str, Any]],
+    low: Mapping[str, float],
+    measures: Mapping[str, tuple[str, str]] | None = None,
+) -> list[dict[str, Any]]:
     """One line per measure that any run has: its range, and a stroke for each run.
+
+    Args:
+        rows: one per run.
+        low: see `write`.
+        measures: name, and "%" for shares or a unit, by column of numbers; None takes those of runs.
 
     Returns:
         "name", "unit", "least", "median" and "most", "limit" (None, or where low values end) and "strokes" (positions
         by kind of run); positions are 0 to 1000 along the axis, which is 0 to 100 % for shares, else least to most.
     """
     lines = []
-    for column, (name, unit) in _measures(rows).items():
+    for column, (name, unit) in (_measures(rows) if measures is None else measures).items():
         values = [(kind_of(row), float(row[column])) for row in rows if known(row.get(column))]
         if not values:
             continue

@@ -1,5 +1,6 @@
 """BIDS derivatives, as fMRIPrep writes them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def from_bids(
     if not derivatives.is_dir():
         raise InputError(f"{derivatives} is not a folder; give the derivatives folder that holds the sub-* folders")
     paths = [path for path in bold_files(derivatives) if _is_preprocessed_mni(path)]
+    return runs_of(paths, derivatives, participants, labels)
+
+
+def runs_of(
+    paths: Sequence[Path], derivatives: Path, participants: str | Path | None = None, labels: Labels = "required"
+) -> list[Run]:
+    """The runs of some of a derivatives folder's files; see `from_bids`, which takes all."""
     if not paths:
         raise InputError(
             f"{derivatives} holds no sub-*/[ses-*/]func/*_space-MNI*_desc-preproc_bold.nii[.gz]; check the path, or "
@@ -50,6 +58,15 @@ def from_bids(
         )
     table = find_participants(derivatives, participants, labels)
     return refuse_duplicate_runs([_run(path, table, labels) for path in paths], derivatives)
+
+
+def files_by_participant(derivatives: Path) -> dict[str, list[Path]]:
+    """The files that `from_bids` takes, by their participant's folder, sub-*; of some there may be none."""
+    found: dict[str, list[Path]] = {path.name: [] for path in sorted(derivatives.glob("sub-*")) if path.is_dir()}
+    for path in bold_files(derivatives):
+        if _is_preprocessed_mni(path):
+            found[path.relative_to(derivatives).parts[0]].append(path)
+    return found
 
 
 def bold_files(folder: Path) -> list[Path]:

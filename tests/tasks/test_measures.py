@@ -176,7 +176,6 @@ def test_every_written_column_is_described(kind):
     subjects = pd.DataFrame(tested.outputs[:, 0], columns=list(task.columns))
     table = task.table(subjects, 0.0)
     assert set(table) == set(task.describe())
-    assert set(task.served) <= set(table)
     if kind == "multiclass":
         assert table[[f"probability_{name}" for name in CLASSES]].sum(axis=1).to_numpy() == pytest.approx(1)
         assert table["predicted"].tolist() == tested.outputs[:, 0].argmax(1).tolist()

@@ -44,37 +44,33 @@ def release(checkpoint: str | Path | Sequence[str | Path], folder: str | Path) -
         InputError: a checkpoint cannot be used, or those of an ensemble do not go together.
     """
     sources = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
+    saved = [load_checkpoint(source) for source in sources]
+    facts = [_facts_to_release(one, source) for one, source in zip(saved, sources, strict=True)]
+    for own, source in zip(facts[1:], sources[1:], strict=True):
+        _require_alike(facts[0], own, source)
     path = Path(folder) / "model.pt"
-    first: dict[str, Any] = {}
-    members: list[dict[str, Any]] = []
-    references: list[dict[str, Any]] = []
-    for number, source in enumerate(sources, start=1):
-        saved = load_checkpoint(source)
-        facts = saved_facts(saved, source)
-        if facts["task"] is None:
-            raise InputError(f"{source}: a pretrained network, which predicts nothing; train one, and release that")
-        if "reference" not in saved:
-            raise InputError(f"{source}: does not know its training subjects; give its training's command again")
-        first = first or facts
-        _require_alike(first, facts, source)
+    members = []
+    for number, (one, own) in enumerate(zip(saved, facts, strict=True), start=1):
         file = path if number == 1 else path.with_name(f"model_{number}.pt")
-        write_checkpoint(saved["network"], file)
-        references.append(saved["reference"])
-        known = {name: facts[name] for name in ("task", "brain_masks", "splits", "data")}
-        known |= {"seed": facts["config"].get("seed"), "calibration": saved["reference"]["calibration"]}
-        members.append({"file": file.name, "sha256": file_sha256(file)} | known)
+        write_checkpoint(one["network"], file)
+        about = {name: own[name] for name in ("task", "brain_masks", "splits", "data")}
+        about |= {"seed": own["config"].get("seed"), "training_subjects": one["reference"]["participants"]}
+        about |= {"calibration": one["reference"]["calibration"]}
+        members.append({"file": file.name, "sha256": file_sha256(file)} | about)
     reference = path.with_name("reference.pt")
-    write_checkpoint({"members": references}, reference)
-    record = first | {
-        "sha256": members[0]["sha256"],
-        "members": members,
-        "reference": {
-            "sha256": file_sha256(reference),
-            "participants": [one["participants"] for one in references],
-        },
-    }
-    write_json(path.with_suffix(".json"), record)
+    write_checkpoint({"members": [one["reference"] for one in saved]}, reference)
+    hashes = {"sha256": members[0]["sha256"], "reference_sha256": file_sha256(reference)}
+    write_json(path.with_suffix(".json"), facts[0] | hashes | {"members": members})
     return path
+
+
+def _facts_to_release(saved: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    facts = saved_facts(saved, source)
+    if facts["task"] is None:
+        raise InputError(f"{source}: a pretrained network, which predicts nothing; train one, and release that")
+    if "reference" not in saved:
+        raise InputError(f"{source}: does not know its training subjects; give its training's command again")
+    return facts
 
 
 def _require_alike(first: Mapping[str, Any], facts: Mapping[str, Any], source: str | Path) -> None:
@@ -107,7 +103,7 @@ class Member:
     reference: dict[str, Any]
 
 
-EXPECTED = {"config", "preparation", "network", "normalisation", "brain_masks", "task", "members", "reference"}
+EXPECTED = {"config", "preparation", "network", "normalisation", "brain_masks", "task", "members", "reference_sha256"}
 """Of a record."""
 
 
@@ -142,7 +138,7 @@ class ReleasedModel:
             raise InputError(f"{source}: does not say its {min(missing)}; train and release with this version")
         files = {self.path.with_name(one["file"]): one["sha256"] for one in self.record["members"]}
         reference = self.path.with_name("reference.pt")
-        for file, sha256 in (files | {reference: self.record["reference"]["sha256"]}).items():
+        for file, sha256 in (files | {reference: self.record["reference_sha256"]}).items():
             if file_sha256(file) != sha256:
                 raise InputError(f"{source}: does not belong to {file.name} (its sha256 differs); release it again")
         self.precision: str = self.record["config"]["precision"]

@@ -130,8 +130,13 @@ def observe(
     for item in items:
         own.setdefault(item["participant_id"], []).append(item)
     found = []
-    mine = sorted(own)[idist.get_rank() :: idist.get_world_size()]
-    for participant in tqdm(mine, desc=f"{name} subjects", unit="subject"):
+    world = idist.get_world_size()
+    shares = [sorted(own)[start : start + world] for start in range(0, len(own), world)]
+    for share in tqdm(shares, desc=f"{name} subjects"):
+        idist.barrier()  # no process gets so far ahead that it takes another for lost
+        if idist.get_rank() >= len(share):
+            continue
+        participant = share[idist.get_rank()]
         seen, outputs = [], []
         for item in own[participant]:
             with eval_mode(network):
@@ -142,9 +147,9 @@ def observe(
         label = float(own[participant][0]["label"])
         about = acquisition(store, runs), hashes_of(store, runs)
         found.append(Observed(participant, np.mean(seen, axis=0), outputs, label, *about))
-    if idist.get_world_size() == 1:
+    if world == 1:
         return found
-    gathered: list[list[Observed]] = [[] for _ in range(idist.get_world_size())]
+    gathered: list[list[Observed]] = [[] for _ in range(world)]
     torch.distributed.all_gather_object(gathered, found)
     return sorted((one for part in gathered for one in part), key=lambda one: one.participant)
 

@@ -139,7 +139,7 @@ def test_strangers_are_flagged_with_the_reason(trained, strangers):
 def test_strangers_get_no_score_where_that_is_asked_for(trained, strangers):
     out = strangers.parent / "out"
     with pytest.raises(RuntimeError) as caught:
-        serve(trained / "models", strangers, out, refuse_unlike=0.999)
+        serve(trained / "models", strangers, out, refuse_unlike=0.99)
     assert "6 of 7 participants are too unlike the training subjects" in sentence(caught.value)
     table = read(out)
     assert (table["flag"] == "refused").sum() == 6

@@ -128,7 +128,7 @@ def test_who_is_unlike_is_flagged_with_the_reason_and_by_choice_gets_no_score(fo
     assert "b is unlike the training subjects" in caplog.text
 
     with pytest.raises(
-        InputError, match="1 of 2 participants are too unlike .* the first is b: .*the brain mask's origin"
+        InputError, match=r"1 of 2 participants are too unlike .* the first is b: .*the brain mask's origin"
     ):
         served(folder, logits, members, refuse_unlike=0.999)
     table = pd.read_csv(folder / "predictions.tsv", sep="\t").set_index("participant_id")

@@ -76,7 +76,7 @@ def test_weights_and_record_that_do_not_belong_together_are_refused(tmp_path: Pa
     members = [content["members"][0] | {"sha256": "0"}]
     for change, words in (
         ({"members": members}, "does not belong to model.pt"),
-        ({"reference": {"sha256": "0"}}, "does not belong to reference.pt"),
+        ({"reference_sha256": "0"}, "does not belong to reference.pt"),
         ({"config": None}, "does not say its config"),
     ):
         changed = {key: value for key, value in (content | change).items() if value is not None}
@@ -119,7 +119,7 @@ def test_networks_that_do_not_go_together_are_refused(tmp_path: Path, facts: dic
     with pytest.raises(InputError, match=words) as caught:
         release(paths, tmp_path / "models")
     assert "networks that differ in seed or fold only" in str(caught.value)
-    assert not (tmp_path / "models" / "model.json").exists()
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_training_that_has_not_ended_is_refused(tmp_path: Path):

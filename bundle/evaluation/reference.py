@@ -99,6 +99,7 @@ def keep_reference(
     Raises:
         InputError: the checkpoint was made with other settings, or there are too few training subjects.
     """
+    idist.barrier()  # the first process has written it
     path = Path(folder) / "best.pt"
     saved = load_checkpoint(path)
     if "reference" in saved:

@@ -330,11 +330,14 @@ def where() -> None:
     print(ROOT)
 
 
-def release(checkpoint: str, folder: str = "models") -> None:
+def release(checkpoint: str | Sequence[str], folder: str = "models") -> None:
     """Write the network of a classifier's checkpoint as FOLDER/model.pt and what it was made with as model.json.
 
+    Beside them lies reference.pt: what its training subjects are like.
+
     Args:
-        checkpoint: e.g. output/train/best.pt.
+        checkpoint: e.g. output/train/best.pt; or several of other seeds or folds, "['A/best.pt','B/best.pt']", which
+            become an ensemble.
         folder: the bundle's folder of models.
     """
     release_checkpoint(checkpoint, folder)

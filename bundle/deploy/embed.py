@@ -40,11 +40,16 @@ def frozen_encoder(path: str | Path) -> tuple[SwinMambaEncoder, dict[str, Any]]:
     """The encoder of a checkpoint or a released model, frozen, and the facts that it was made with.
 
     Raises:
-        InputError: the file is neither, or what it predicts is not read of the encoder alone (LoRA, prompts).
+        InputError: the file is neither, or of several networks, or what it predicts is not read of the encoder alone
+            (LoRA, prompts).
     """
     if Path(path).with_suffix(".json").is_file():
         model = ReleasedModel(path)
-        saved, facts = {"network": model.state}, model.record
+        if len(model.members) > 1:
+            raise InputError(
+                f"{path}: an ensemble of {len(model.members)} networks; give the checkpoint of one of them"
+            )
+        saved, facts = {"network": model.members[0].state}, model.record
     else:
         saved = load_checkpoint(path)
         facts = saved_facts(saved, path)

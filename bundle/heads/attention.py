@@ -45,11 +45,15 @@ class AttentionClassifier(OnEncoder):
             Outputs (n, k), of each run.
         """
         features = image if image.ndim == 3 else self.features(image)
+        return self.head(self.seen(features, [len(features)] if counts is None else counts))
+
+    def seen(self, features: Tensor, counts: Sequence[int]) -> Tensor:
+        """The weighted means (n, queries * c) of runs' `features` (C, tokens, c), so many clips each."""
         tokens = self.norm(features.flatten(0, 1)).view_as(features)
         scale = tokens.shape[-1] ** -0.5
         means = []
-        for run in tokens.split([len(tokens)] if counts is None else list(counts)):
+        for run in tokens.split(list(counts)):
             values = run.flatten(0, 1)  # (clips * tokens, c)
             weights = (values @ self.queries.T * scale).softmax(0)  # (clips * tokens, queries)
             means.append((weights.T.to(values.dtype) @ values).flatten())
-        return self.head(torch.stack(means))
+        return torch.stack(means)

@@ -177,6 +177,10 @@ class CovarianceReadout(FittedHead):
         outputs = vectors @ self.fitted["weights"].numpy().T + self.fitted["bias"].numpy()
         return torch.as_tensor(outputs, dtype=torch.float32, device=image.device)
 
+    def seen(self, features: Tensor, counts: Sequence[int]) -> Tensor:
+        """What is weighed of runs' `features`, see `vectors`."""
+        return torch.from_numpy(self.vectors(features, counts))
+
     def vectors(self, image: Tensor, counts: Sequence[int] | None = None) -> NDArray[np.float64]:
         """What `forward` weighs: the runs in tangent space, (n, P * k * (P * k + 1) / 2); it raises the same."""
         self.require_fitted()

@@ -7,6 +7,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from bundle.errors import InputError
+from bundle.heads.pooling import mean_features
 from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.tasks.task import Task
 
@@ -79,6 +80,10 @@ class FittedHead(nn.Module):
                     "options, such as --atlas, that it was trained with"
                 )
         self.fitted = {name: tensor.cpu() for name, tensor in state["fitted"].items()}
+
+    def seen(self, features: Tensor, counts: Sequence[int]) -> Tensor:
+        """What is weighed of `features` of clips, for the clips of each run, so many: (n, d)."""
+        return mean_features(features, counts)
 
     def require_fitted(self) -> None:
         """Refuse to score before anything was fitted.

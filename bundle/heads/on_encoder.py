@@ -1,10 +1,12 @@
 """What heads share that are trained on an encoder in steps."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from bundle.heads.batch_norm import WholeBatchNorm
+from bundle.heads.pooling import mean_features
 from bundle.networks.swin_mamba import SwinMambaEncoder
 
 
@@ -36,3 +38,7 @@ class OnEncoder(nn.Module):
         if self.freeze:
             self.encoder.eval()
         return self
+
+    def seen(self, features: Tensor, counts: Sequence[int]) -> Tensor:
+        """What is weighed of `features` of clips, for the clips of each run or each clip, so many: (n, d)."""
+        return mean_features(features, counts)

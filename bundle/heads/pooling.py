@@ -61,6 +61,11 @@ def label_members(atlas: str | Path, level: str) -> list[list[int]]:
     return [rows for rows in members if rows]
 
 
+def mean_features(features: Tensor, counts: Sequence[int]) -> Tensor:
+    """Mean of clips' features (C, ..., c) over the clips of each run, so many, and all but channels: (n, c) float32."""
+    return torch.stack([run.float().flatten(0, -2).mean(0) for run in features.split(list(counts))])
+
+
 def pool(tokens: Tensor, shares: Tensor) -> Tensor:
     """Average tokens (b, x, y, z, t, c) over labels, in float32, by shares (L, x * y * z): (b, t, L, c)."""
     with torch.autocast(tokens.device.type, enabled=False):

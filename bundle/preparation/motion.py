@@ -23,7 +23,7 @@ def mean_fd(run: Mapping[str, Any]) -> float | None:
     for name in MOTION_COLUMNS:
         if name in columns:
             value = float(pd.to_numeric(columns[name], errors="coerce"))
-            return None if math.isnan(value) else value
+            return value if math.isfinite(value) else None
     return None if run["confounds"] is None else mean_fd_in(run["confounds"])
 
 
@@ -41,4 +41,4 @@ def mean_fd_in(confounds: str | Path) -> float | None:
     except (ValueError, TypeError, OSError) as error:
         logger.warning("%s tells no head motion (%s)", confounds, error)
         return None
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None

@@ -221,7 +221,7 @@ def _plan(
         return row_of(run, preparation, "to do")
     if not store.is_intact(folder, stored):
         return row_of(run, preparation, "to do")
-    columns: dict[str, Any] = {key: run[key] for key in PARTICIPANT_COLUMNS}
+    columns = _of_participant(run)
     if stored.get("coverage_atlas") != atlas.load_atlas(preparation.atlas).sha256:
         columns |= _coverage(store.read_voxels(folder, run["run_id"]), preparation)
     record = stored | columns
@@ -273,7 +273,7 @@ def prepared_item(run: Run, identity: Mapping[str, Any], preparation: Preparatio
     item: dict[Any, Any] = {key: run[key] for key in ("bold", "mask", "confounds", "tr", "space")}
     item["record"] = {
         "run_id": run["run_id"],
-        **{key: run[key] for key in PARTICIPANT_COLUMNS},
+        **_of_participant(run),
         **identity,
         "versions": versions(_PACKAGES),
     }
@@ -283,6 +283,11 @@ def prepared_item(run: Run, identity: Mapping[str, Any], preparation: Preparatio
     if preparation.on_low_coverage == "exclude" and (low := low_coverage(item["record"], preparation)):
         raise ExcludedError(low)
     return item
+
+
+def _of_participant(run: Run) -> dict[str, Any]:
+    """What a record says that no frame depends on."""
+    return {key: run[key] for key in PARTICIPANT_COLUMNS} | {"mean_fd": mean_fd(run)}
 
 
 def _coverage(voxels: np.ndarray, preparation: Preparation) -> dict[str, Any]:
@@ -317,8 +322,7 @@ def row_of(
     row |= {f"coverage_{region}": share for region, share in record["coverage"].items()}
     row["censored"] = record["cleaning"]["censored"] if record["cleaning"] else 0
     row |= {"source": record["source"], "source_sha256": record["source_sha256"]}
-    motion = mean_fd(run)
-    return row if motion is None else row | {"mean_fd": motion}
+    return row if record["mean_fd"] is None else row | {"mean_fd": record["mean_fd"]}
 
 
 def _warnings(record: Mapping[str, Any], preparation: Preparation) -> list[str]:

@@ -166,6 +166,12 @@ def read_moments(store: str | Path, run_id: str) -> NDArray[np.float64]:
     return np.array(_open_array(_folder(store, run_id), "moments.npy"))
 
 
+def content_sha256(store: str | Path, run_id: str) -> str:
+    """Hash of where a run has voxels, and of their means and SDs: of its content, whatever its file is called."""
+    folder = _folder(store, run_id)
+    return files.file_sha256(folder / "voxels.npy", folder / "moments.npy")
+
+
 def read_clip(store: str | Path, run_id: str, start: int, frames: int) -> NDArray[np.float16]:
     """Read some frames of a run, and only these from the disk.
 

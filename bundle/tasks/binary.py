@@ -59,15 +59,10 @@ class Binary(OfClasses):
         """What the columns mean."""
         name = f"{self.column} {self.classes[1]}"
         return {
-            "probability": f"of {name}, between 0 and 1: sigmoid of the logit, not calibrated",
+            "probability": f"of {name}, between 0 and 1: sigmoid of the logit divided by the temperature",
             "logit": f"log odds of {name} (against {self.classes[0]}), the mean over the participant's clips",
             "predicted": f"1 for {name}, 0 for {self.classes[0]}, at the threshold of the validation subjects",
         }
-
-    @property
-    def served(self) -> tuple[str, ...]:
-        """The probability and the logit; a decision needs the threshold of the validation subjects."""
-        return ("probability", "logit")
 
     def measures(self, tested: Results) -> Measures:
         """See the class."""

@@ -54,7 +54,7 @@ class Multiclass(OfClasses):
     def describe(self) -> dict[str, str]:
         """What the columns mean."""
         said = {
-            f"probability_{name}": f"of {self.column} {name}, softmax of the logits, not calibrated"
+            f"probability_{name}": f"of {self.column} {name}, softmax of the logits divided by the temperature"
             for name in self.classes
         }
         said |= dict.fromkeys(self.columns, "the mean over the participant's clips")

@@ -61,6 +61,11 @@ class Regression(Task):
         """What the column means."""
         return {"predicted": f"{self.column} in its own units, the mean over the participant's clips"}
 
+    @property
+    def limited(self) -> tuple[str, ...]:
+        """The prediction."""
+        return self.columns
+
     def measures(self, tested: Results) -> Measures:
         """See the class."""
         truth = tested.labels

@@ -103,6 +103,10 @@ class Task(ABC):
         """What is to be fixed on validation subjects (n,), (n, k) for the decision; 0 where there is nothing."""
         return 0.0
 
+    def temperature(self, labels: Floats, outputs: Floats) -> float:
+        """By what outputs are to be divided so that probabilities hold on validation subjects (n,), (n, k); else 1."""
+        return 1.0
+
     @abstractmethod
     def decisions(self, outputs: Floats, threshold: float) -> dict[str, Floats]:
         """Further columns of subjects (n, k): probabilities, and what is predicted."""
@@ -112,9 +116,9 @@ class Task(ABC):
         """What each of the columns means."""
 
     @property
-    def served(self) -> tuple[str, ...]:
-        """Columns of a released model's predictions, which has no threshold: all of `describe` but its decision."""
-        return tuple(self.describe())
+    def limited(self) -> tuple[str, ...]:
+        """Columns of which limits over the networks of an ensemble are given."""
+        return tuple(name for name in self.describe() if name.startswith("probability"))
 
     @abstractmethod
     def measures(self, tested: Results) -> Measures:

@@ -232,7 +232,8 @@ def test_a_model_of_another_size_or_without_its_record_is_refused(output: Path, 
 def test_new_scans_are_prepared_as_the_model_s_training_data_were(output: Path, derivatives: Path, tmp_path: Path):
     facts = json.loads((output / "models" / "model.json").read_text())
     facts["preparation"] = load_preparation(new_tr=1.0).parameters()
-    (tmp_path / "model.pt").write_bytes((output / "models" / "model.pt").read_bytes())
+    for name in ("model.pt", "reference.pt"):
+        (tmp_path / name).write_bytes((output / "models" / name).read_bytes())
     (tmp_path / "model.json").write_text(json.dumps(facts))
     one = next(derivatives.glob("sub-*/func/*_bold.nii.gz"))
     infer(output, one, tmp_path / "out", checkpoint=str(tmp_path / "model.pt"))

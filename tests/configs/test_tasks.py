@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import softmax
 from tiny_configs import run, sentence
 
 from bundle.data.splits import make_splits, save_splits
 from bundle.deploy.release import release
+from bundle.errors import InputError
 from bundle.preparation.store import read_manifest, write_manifest, write_record
 from bundle.training.checkpoints import load_checkpoint, saved_facts
 
@@ -70,13 +72,18 @@ def test_it_is_tested_released_served_and_attributed(grown, derivatives, tmp_pat
     infer |= {"outputs": 3} if name == "subtype" else {}
     run("inference", *overlays(readout), kind="infer", **infer)
     served = pd.read_csv(tmp_path / "served" / "predictions.tsv", sep="\t").set_index("participant_id")
-    columns = ["predicted"] if name == "age" else ["logit_none", "logit_mild", "logit_severe", "probability_severe"]
+    columns = ["predicted"] if name == "age" else ["logit_none", "logit_mild", "logit_severe"]
     both = tested.index.intersection(served.index)  # the twins have no images
     assert len(both) > 1
     found, expected = served.loc[both, columns].to_numpy(), tested.loc[both, columns].to_numpy()
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
     about = json.loads((tmp_path / "served" / "predictions.json").read_text())
     assert set(about["columns"]) == set(served.reset_index())
+    if name == "subtype":
+        fixed = about["model"]["members"][0]["calibration"]
+        shares = softmax(served[columns].to_numpy() / fixed["temperature"], axis=1)
+        found = served[["probability_none", "probability_mild", "probability_severe"]].to_numpy()
+        assert found == pytest.approx(shares, abs=1e-9)
 
     run("train", *overlays(readout), "attribute", **options, levels=["group"], gradient_steps=1, bootstrap_resamples=20)
     table = pd.read_csv(folder / "attribution" / "attribution.csv")
@@ -135,10 +142,8 @@ def test_a_class_is_chosen_to_be_attributed_or_refused(grown, tmp_path):
     assert "of_class is one of none, mild, severe; it cannot be 'moderate'" in sentence(caught.value)
 
 
-def test_a_pretrained_network_is_not_served(store, derivatives, tmp_path):
+def test_a_pretrained_network_is_not_released(store, tmp_path):
     run("pretrain", dataset_dir=str(store), output_dir=str(tmp_path / "pretrain"))
-    release(tmp_path / "pretrain" / "best.pt", tmp_path / "models")
-    given = {"dataset_dir": str(derivatives), "checkpoint": str(tmp_path / "models" / "model.pt")}
-    with pytest.raises(RuntimeError) as caught:
-        run("inference", kind="infer", output_dir=str(tmp_path / "out"), **given)
-    assert "a pretrained network, which predicts nothing" in sentence(caught.value)
+    with pytest.raises(InputError, match="a pretrained network, which predicts nothing"):
+        release(tmp_path / "pretrain" / "best.pt", tmp_path / "models")
+    assert not (tmp_path / "models").exists()

@@ -176,7 +176,6 @@ def test_every_written_column_is_described(kind):
     subjects = pd.DataFrame(tested.outputs[:, 0], columns=list(task.columns))
     table = task.table(subjects, 0.0)
     assert set(table) == set(task.describe())
-    assert set(task.served) <= set(table)
     if kind == "multiclass":
         assert table[[f"probability_{name}" for name in CLASSES]].sum(axis=1).to_numpy() == pytest.approx(1)
         assert table["predicted"].tolist() == tested.outputs[:, 0].argmax(1).tolist()
@@ -197,3 +196,38 @@ def test_linear_models_learn_and_constant_ones_do_not_look(kind):
     constant = task.constant().fit(rows, labels)
     dull = Results(tested.labels, task.predict(constant, rows)[:, None], tested.groups, np.zeros((60, 1)))
     assert measure(task, dull)[task.metrics[0]] == pytest.approx(task.chance[task.metrics[0]])
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_temperature_of_many_subjects_is_the_one_that_their_logits_were_given(classes):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20000, classes)) * 2
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = (shares.cumsum(1) > rng.random((20000, 1))).argmax(1).astype(float)
+    task = Binary("d", ("a", "b")) if classes == 2 else Multiclass("d", tuple("abcd"))
+    outputs = logits[:, 1:] - logits[:, :1] if classes == 2 else logits
+    assert task.temperature(labels, 3 * outputs) == pytest.approx(3, rel=0.05)
+    assert task.temperature(labels, 0 * outputs) == 1
+
+
+@given(st.integers(2, 12), st.floats(0.1, 100), st.integers(0, 1000))
+def test_a_temperature_is_the_best_of_all_and_finite_where_all_are_right(count, size, seed):
+    """Against Platt's targets, of which the probability of a right answer is at most (N + 1) / (N + 2)."""
+    labels = np.arange(count) % 2.0
+    logits = size * np.random.default_rng(seed).uniform(0.5, 1, count) * (2 * labels - 1)
+    heat = Binary("d", ("a", "b")).temperature(labels, logits[:, None])
+    members = np.array([np.sum(labels == label) for label in labels])
+    targets = np.where(labels == 1, (members + 1) / (members + 2), 1 / (members + 2))
+
+    def loss(temperature: float) -> float:
+        chances = expit(logits / temperature)
+        return -float(np.mean(targets * np.log(chances) + (1 - targets) * np.log(1 - chances)))
+
+    assert loss(heat) <= min(loss(heat * factor) for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2)) + 1e-9
+    assert expit(np.abs(logits).min() / heat) < (members.max() + 1) / (members.max() + 2)
+
+
+def test_logits_that_are_wrong_give_no_certainty_and_a_number_has_no_temperature():
+    labels, logits = np.array([0.0, 1, 0, 1]), np.array([[3.0], [-3], [2], [-2]])
+    assert expit(3 / Binary("d", ("a", "b")).temperature(labels, logits)) == pytest.approx(0.5, abs=0.001)
+    assert Regression("age", mean=1.0, sd=2.0).temperature(labels, logits) == 1

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Sizes are chosen by what the compiler reports (`python -m scripts.benchmarks kernels`): no spills, few instructions
-# and shuffles for a token and channel, and as few registers as that allows.
+# and shuffles for a token and channel, and as few registers as that allows; an H200 agreed (docs/performance.md).
 STATES, KERNEL = 16, 4  # as in bundle.networks.mamba
 OLDEST = (3, 4)  # of triton; there are no spills from 3.6 on
 CHUNK = 4  # tokens that are walked at once, between two stored states

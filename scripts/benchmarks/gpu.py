@@ -23,7 +23,7 @@ KINDS = {
     "convolution, backward": "^convolve_back",
     "convolution, forward": "^convolve",
     "matrix products": "gemm|nvjet|cutlass|xmma|splitk|gemv|mm$",
-    "LayerNorm": "layer_norm",
+    "LayerNorm": "layer_norm|add_norm",
     "windows: gather": "index_select|indexSelect|gather|scatter|index",
     "optimizer": "multi_tensor|adam",
     "sums": "reduce",

@@ -273,7 +273,7 @@ class RegionAndTubesMaskd(_AddMaskd):
         self,
         keys: KeysCollection,
         regions: str | Sequence[Regions],
-        share: float = 0.75,
+        share: float = 0.5,
         patch: int = draws.PATCH,
         brain_key: str = "brain",
         atlas: str | Path = AAL3,

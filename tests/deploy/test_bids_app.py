@@ -181,7 +181,7 @@ def test_what_nobody_expected_stops_nobody_else(
     derivatives: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def report(self: Predictions) -> None:
-        if self.outputs[0][0] == "sub-00":
+        if self.outputs[0][0][0] == "sub-00":
             raise MemoryError("no room")
         of_the_engine(self)
 
@@ -276,7 +276,7 @@ def test_another_dataset_is_not_written_into(derivatives: Path, model: Path, tmp
 def test_a_record_that_would_run_code_or_has_another_atlas_is_refused(
     model: Path, tmp_path: Path, entry: str, value: str, words: str
 ):
-    shutil.copy(model, tmp_path)
+    shutil.copytree(model.parent, tmp_path, dirs_exist_ok=True)
     record = json.loads(model.with_suffix(".json").read_text())
     record["config"]["network_def"][entry] = value
     (tmp_path / "model.json").write_text(json.dumps(record))

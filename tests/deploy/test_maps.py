@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from references import reference
 from small_stores import some_voxels, write_store
 from tasks import BINARY
 from torch import nn
@@ -23,7 +24,7 @@ from bundle.files import file_sha256
 from bundle.heads.mean import Classifier
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.preparation.store import read_clip, read_manifest, read_voxels
-from bundle.training.checkpoints import save_checkpoint
+from bundle.training.checkpoints import load_checkpoint, save_checkpoint, write_checkpoint
 from bundle.training.provenance import Provenance
 from scripts.__main__ import main
 
@@ -48,6 +49,8 @@ def save(folder: Path, store: Path, network: nn.Module, **changes: object) -> Pa
     facts |= {"preparation": read_manifest(store)["parameters"], "network": network.encoder.size, "brain_masks": []}
     facts |= {"normalisation": Normalisation("voxel", sd_floor=0.1, clip=5.0).facts(), "task": None}
     save_checkpoint({"network": network, "provenance": Provenance(**(facts | changes))}, folder / "best.pt")
+    if (facts | changes)["task"] is not None:
+        write_checkpoint(load_checkpoint(folder / "best.pt") | {"reference": reference(BINARY)}, folder / "best.pt")
     return folder / "best.pt"
 
 

@@ -31,7 +31,7 @@ from bundle.experiments.sweep import read_sweep
 from scripts.__main__ import COMMANDS, main
 from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
-from scripts.benchmarks.gpu import gpu
+from scripts.benchmarks.gpu import gpu, profile
 from scripts.benchmarks.redundancy_effect import redundancy_effect
 from scripts.benchmarks.report import report
 from scripts.benchmarks.scaling import memory, scaling
@@ -44,7 +44,19 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page 
 TEXTS["docs/CHANGELOG.md"] = re.sub(r"^\|.*\|$", "", TEXTS["docs/CHANGELOG.md"], flags=re.M)  # old names
 BENCHMARKS = {
     f.__name__: f
-    for f in (table, gpu, scaling, memory, background, floor, report, augmentation, redundancy, redundancy_effect)
+    for f in (
+        table,
+        gpu,
+        profile,
+        scaling,
+        memory,
+        background,
+        floor,
+        report,
+        augmentation,
+        redundancy,
+        redundancy_effect,
+    )
 }
 TOOLS = ("pip", "python3.11", "source", "export", "ruff", "mypy", "lint-imports", "pre-commit", "dask", "mkdocs")
 """Programs that are not this project's; their options are theirs to check."""

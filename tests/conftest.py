@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -29,10 +30,15 @@ def _seed() -> None:
     manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _plain_scan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests see the plain scan also where the compiled one is installed; test_compiled_scan.py builds its own."""
-    monkeypatch.setattr(compiled, "library", lambda: None)
+@pytest.fixture(autouse=True, scope="session")
+def _plain_scan() -> Iterator[None]:
+    """Tests, and fixtures of any scope, see the plain scan also where the compiled one is installed.
+
+    test_compiled_scan.py builds its own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "library", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

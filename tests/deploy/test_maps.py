@@ -47,6 +47,7 @@ def save(folder: Path, store: Path, network: nn.Module, **changes: object) -> Pa
         "config": {"precision": "float32", "network_def": made, "frames": 4, "clip_stride": 4, "whole_runs": False}
     }
     facts |= {"preparation": read_manifest(store)["parameters"], "network": network.encoder.size, "brain_masks": []}
+    facts |= {"splits": "s", "data": "d"}
     facts |= {"normalisation": Normalisation("voxel", sd_floor=0.1, clip=5.0).facts(), "task": None}
     save_checkpoint({"network": network, "provenance": Provenance(**(facts | changes))}, folder / "best.pt")
     if (facts | changes)["task"] is not None:

@@ -58,7 +58,19 @@ BENCHMARKS = {
         redundancy_effect,
     )
 }
-TOOLS = ("pip", "python3.11", "source", "export", "ruff", "mypy", "lint-imports", "pre-commit", "dask", "mkdocs")
+TOOLS = (
+    "pip",
+    "python3.11",
+    "source",
+    "export",
+    "ruff",
+    "mypy",
+    "lint-imports",
+    "pre-commit",
+    "dask",
+    "mkdocs",
+    "cyclonedx-py",
+)
 """Programs that are not this project's; their options are theirs to check."""
 
 

@@ -93,7 +93,8 @@ def _facts(table: Path) -> dict[str, Any]:
     path = table.with_suffix(".json")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if not {"model", "warnings", "versions", "intended_use"} <= set(facts):
+        known = {"model", "warnings", "versions", "intended_use"} <= set(facts)
+        if not (known and {"task", "members"} <= set(facts["model"])):
             raise ValueError
     except (OSError, ValueError, TypeError):
         raise InputError(f"{path} does not say what {table.name} was made with; predict again") from None

@@ -10,24 +10,31 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import hypothesis
 import pydicom
 import pytest
 from fhir.resources.R4B.bundle import Bundle
 from fhir.resources.R4B.observation import Observation
+from hypothesis import strategies
+from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from small_dicom import NAME, SECRETS, head, save_series, slices_of
 
 from bundle.deploy.reports import FORMATS, write_results
-from bundle.deploy.results import read_results
+from bundle.deploy.results import Result, read_results
+from bundle.deploy.results_dicom import COPIED, page, read_source, structured_report
 from bundle.deploy.results_fhir import STATUS, check
 from bundle.deploy.results_page import pdf
-from bundle.dicom.convert import read_folder
+from bundle.dicom.convert import convert_folder, read_folder
 from bundle.dicom.series import Series, sort_series
 from bundle.errors import InputError
 from bundle.files import write_json
+from bundle.preparation.sources.participants import run_id_of
 from scripts.__main__ import main
 
 INTENDED = "Research only. Not a medical device; not for diagnosis."
@@ -38,7 +45,9 @@ SUBTYPES = BINARY | {"kind": "multiclass", "column": "subtype", "classes": ["con
 LIKE = {"probability": "0.7312345678901234567", "unlike": "0.31", "flag": "like", "reasons": "", "known": ""}
 UNLIKE = LIKE | {"unlike": "0.9993", "flag": "unlike", "reasons": "a TR of 3.2 s"}
 REFUSED = UNLIKE | {"flag": "refused", "probability": ""}
-VALUES = ("0.73", "0.731")
+RESULT = Result(
+    "sub-1", "age", {"predicted": "age"}, False, {"predicted": 41.0}, "", (), INTENDED, ("x", "1"), (SHA,), (), {}
+)
 
 
 def series_of(source: Path) -> list[Series]:
@@ -418,6 +427,17 @@ def test_a_report_gets_to_the_patient_of_its_own_series_whatever_the_participant
     assert len(list((tmp_path / "a").glob("*_sr.dcm"))) == 1  # only of the series that are there
 
 
+def test_the_name_that_the_conversion_gives_is_that_of_the_run_after_fmriprep(tmp_path: Path):
+    source = save_series(tmp_path / "dicom", slices_of(head()))
+    convert_folder(source, tmp_path / "bids")
+    (bold,) = (tmp_path / "bids").rglob("*_bold.nii.gz")
+    after = bold.with_name(bold.name.replace("_bold", "_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold"))
+    run_id = run_id_of(after)
+    folder = predicted(tmp_path / "in", {"sub-renamed": LIKE}, {run_id: "sub-renamed"})
+    write_results(folder, tmp_path / "out", series=source)
+    assert len(list((tmp_path / "out").glob("sub-renamed_*"))) == 3
+
+
 def test_all_scored_series_must_be_there_and_of_one_patient(two: Path, tmp_path: Path):
     one, other = series_of(two)
     runs = dict.fromkeys((run_of(one), run_of(other)), "sub-1")
@@ -451,6 +471,36 @@ def test_a_name_in_another_script_is_carried_over(tmp_path: Path):
         assert complaints(path) == []
 
 
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(name=strategies.sampled_from(COPIED), data=strategies.data())
+def test_whatever_a_header_holds_is_carried_over_or_refused_without_being_quoted(
+    name: str, data: strategies.DataObject
+):
+    dated = dictionary_VR(name) in ("DA", "TM")
+    codec = "utf-8" if dictionary_VR(name) in ("PN", "LO", "SH") else "ascii"
+    digits = "0123456789" if dated else ""  # which could be a date or a time
+    letters = strategies.characters(codec=codec, exclude_categories=("C",), exclude_characters=f"^=\\{digits}")
+    text = data.draw(strategies.text(letters, min_size=1, max_size=80))
+    with TemporaryDirectory() as folder, pydicom.config.disable_value_validation():
+        (item,) = slices_of(head(volumes=1, slices=1))
+        item.SpecificCharacterSet = "ISO_IR 192"
+        setattr(item, name, text)
+        save_series(Path(folder), iter([item]))
+        stored = str(pydicom.dcmread(Path(folder) / "00000.dcm").get(name) or "")
+        (series,) = sort_series(read_folder(Path(folder))[0])
+        if dated and stored.strip():
+            with pytest.raises(
+                InputError, match=r"^its series has a date or time that is none, which [a-z ]+; correct it$"
+            ):
+                read_source([series], None)
+            return
+        source = read_source([series], None)
+        for make in (structured_report, page):
+            made = pydicom.dcmread(BytesIO(make(RESULT, source)))
+            expected = "" if name == "PatientSex" and stored not in ("M", "F", "O") else stored
+            assert str(made.get(name) or "").strip() == expected.strip()
+
+
 @pytest.mark.parametrize("module", ["highdicom", "fhir"])
 def test_without_the_extra_it_is_one_sentence(source: Path, tmp_path: Path, monkeypatch, module: str):
     monkeypatch.setitem(sys.modules, module, None)
@@ -465,7 +515,7 @@ def test_what_cannot_be_read_is_one_sentence(source: Path, tmp_path: Path):
     folder = of_source(tmp_path / "in", source)
     with pytest.raises(InputError, match="no such format"):
         write_results(folder, tmp_path / "out", ["xml"])
-    for broken in ("{", "[]", "{}"):
+    for broken in ("{", "[]", "{}", '{"model": {}, "warnings": {}, "versions": {}, "intended_use": ""}'):
         (folder / "predictions.json").write_text(broken)
         with pytest.raises(InputError, match="was made with; predict again"):
             write_results(folder, tmp_path / "out", ["fhir"])

@@ -78,7 +78,7 @@ def read_source(series: Sequence[Series], made: datetime | None) -> Source:
             if evidence[0].PatientSex not in ("M", "F", "O"):
                 evidence[0].PatientSex = ""
             evidence[0].SpecificCharacterSet = UTF_8
-            taken = _when(first)
+            taken, offset = _when(first), str(first.get("TimezoneOffsetFromUTC") or "")
             for date in (evidence[0].PatientBirthDate, evidence[0].StudyDate, *taken[:1]):
                 DA(date)
             for time in (evidence[0].StudyTime, *taken[1:]):
@@ -89,9 +89,9 @@ def read_source(series: Sequence[Series], made: datetime | None) -> Source:
         raise InputError(
             "its series has a date or time that is none, which a report cannot carry; correct it"
         ) from None
-    offset = str(first.get("TimezoneOffsetFromUTC") or "")
+    offset = offset if re.fullmatch(r"[+-](0\d|1[0-4])[0-5]\d", offset) else ""
     if made:
-        local = made.astimezone(datetime.strptime(offset, "%z").tzinfo) if re.fullmatch(r"[+-]\d{4}", offset) else made
+        local = made.astimezone(datetime.strptime(offset, "%z").tzinfo) if offset else made
         taken = f"{local:%Y%m%d}", f"{local:%H%M%S}"
     if not taken:
         raise InputError("its series has no date, which a report needs; give --made")

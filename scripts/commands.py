@@ -19,6 +19,7 @@ from bundle.deploy.export import export_run
 from bundle.deploy.maps import write_maps
 from bundle.deploy.published import convert_file
 from bundle.deploy.release import release as release_checkpoint
+from bundle.deploy.reports import FORMATS, write_results
 from bundle.dicom.convert import convert_folder
 from bundle.errors import InputError, unwrapped
 from bundle.evaluation.figures import mask_overlay
@@ -430,6 +431,32 @@ def app(
         raise InputError("the level participant needs --model, e.g. models/model.pt")
     options = {name: DefaultParseValue(value) for name, value in entries.items()}
     run_participants(bids_dir, out_dir, model, wanted, work_dir, atlas, options)
+
+
+def results(
+    predictions: str,
+    out: str,
+    series: str | None = None,
+    format: str | tuple = tuple(FORMATS),
+    salt: str | None = None,
+    made: str | None = None,
+) -> None:
+    """Write predictions as preliminary reports: DICOM SR, a page as PDF in DICOM, and FHIR R4B.
+
+    A score that is flagged or refused as unlike the training subjects is not in them; they say so instead. Who cannot
+    be reported never stops the others, and the exit status is then not 0.
+
+    Args:
+        predictions: output folder of inference or of `app`.
+        out: folder of the reports.
+        series: DICOM folder that was given to `dicom`; only participants of its series are reported. Without it: FHIR
+            alone, of everybody.
+        format: sr, pdf or fhir, or several with commas between; by default all.
+        salt: as for `dicom`, where it was given.
+        made: when the predictions were made, e.g. 2026-01-31T14:30:00+01:00; by default SR and PDF have the date and
+            time of the series, and FHIR none.
+    """
+    write_results(predictions, out, [format] if isinstance(format, str) else list(format), series, salt, made)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

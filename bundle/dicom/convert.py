@@ -54,12 +54,10 @@ def convert_folder(source: str | Path, out: str | Path, salt: str | Path | None 
     """
     _require_tools()
     source, out = Path(source), Path(out)
-    if not os.path.isdir(source):  # noqa: PTH112 (Path.is_dir raises where a name is too long)
-        raise InputError("the source is no folder; give the folder of the DICOM files")
     if os.path.lexists(out) and not _is_empty(out):
         raise InputError("the output folder is there already; give a new one")
-    images, unreadable = _read(source)
-    series = sort_series((image for image in images if image.series), _text(salt))
+    images, unreadable = read_folder(source)
+    series = sort_series(images, read_salt(salt))
     rows = _written(series, unreadable, out, stopped)
     _refuse(rows)
 
@@ -83,15 +81,26 @@ def _require_tools() -> None:
         raise InputError("reading DICOM needs pydicom and dcm2niix; install them: pip install -e '.[dicom]'")
 
 
-def _text(salt: str | Path | None) -> str:
+def read_salt(salt: str | Path | None) -> str:
+    """What `bundle.dicom.series.sort_series` is given of a file; "" without one.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         return "" if salt is None else Path(salt).read_bytes().hex()
     except OSError as error:
         raise InputError(f"the salt cannot be read ({error.strerror}); give a file") from None
 
 
-def _read(source: Path) -> tuple[list[Image], int]:
-    """All images under a folder, and how many files cannot be read or name no series."""
+def read_folder(source: Path) -> tuple[list[Image], int]:
+    """All images under a folder, and how many files cannot be read or name no series.
+
+    Raises:
+        InputError: it is no folder, cannot be read, or holds no DICOM images.
+    """
+    if not os.path.isdir(source):  # noqa: PTH112 (Path.is_dir raises where a name is too long)
+        raise InputError("the source is no folder; give the folder of the DICOM files")
     images: list[Image] = []
     other, unreadable = 0, 0
     try:

@@ -139,7 +139,7 @@ def read_image(path: Path) -> Image | None:
     from pydicom import dcmread
 
     image = Image(path, "", problem="has a damaged header")
-    with _silent():
+    with silent():
         try:
             with path.open("rb") as file:
                 data = dcmread(file, stop_before_pixels=True)
@@ -156,7 +156,7 @@ def read_image(path: Path) -> Image | None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Keep pydicom from warning, since its warnings quote values."""
     from pydicom import config
 

@@ -16,6 +16,9 @@ from bundle.deploy import bids_app
 from bundle.deploy.bids_app import run_participants, write_group
 from bundle.deploy.inference import Predictions
 from bundle.deploy.release import ReleasedModel, release
+from bundle.deploy.reports import write_results
+from bundle.deploy.results import read_results
+from bundle.deploy.results_page import pdf
 from bundle.errors import InputError
 from bundle.files import file_sha256, write_json
 from scripts import commands
@@ -106,6 +109,23 @@ def test_pages_load_nothing_and_no_output_holds_a_path_of_the_machine(out: Path,
             text = path.read_text()
             assert str(scans) not in text, path
             assert str(out) not in text, path
+
+
+def test_what_may_be_reported_of_everybody(out: Path, tmp_path: Path):
+    """See test_reports.py; here that the app's own output is read, its pages' pictures too."""
+    found = {result.participant: result for result in read_results(out)}
+    rows = table_of(out / "phenotype" / "prediction.tsv")
+    assert list(found) == rows.index.tolist()
+    for name, result in found.items():
+        assert result.absent == {"like": "", "n/a": "error"}.get(rows.loc[name, "flag"], "not-applicable")
+        said = json.loads((out / "phenotype" / f"{name}_prediction.json").read_text())
+        assert result.sha256 == (said["model"]["sha256"],)
+    assert "1 of 2 runs could not be used." in found["sub-02"].remarks
+    assert [len(found[name].pictures) for name in found] == [1, 1, 1, 0, 0]
+    for result in found.values():
+        assert pdf(result).startswith(b"%PDF")
+    write_results(out, tmp_path, ["fhir"])
+    assert len(list(tmp_path.glob("sub-*_fhir.json"))) == 5
 
 
 def test_the_output_is_valid_bids(out: Path, tmp_path: Path):

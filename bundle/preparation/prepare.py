@@ -4,7 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,10 @@ def prepare(
     store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
     stamps = [source_stamps(run) for run in runs]  # before anything is read
     seen = {} if rehash else read_seen(folder)
+    wanted = preparation.parameters_hash
     same = [
         (record := stored.get(run["run_id"])) is not None
-        and record["parameters_hash"] == preparation.parameters_hash
+        and record["parameters_hash"] == wanted
         and run["run_id"] in seen
         and seen[run["run_id"]] == fingerprint(run, own, record, folder)
         for run, own in zip(runs, stamps, strict=True)
@@ -374,11 +375,16 @@ def row_of(
     return row if record["mean_fd"] is None else row | {"mean_fd": record["mean_fd"]}
 
 
+@cache
+def _mni_voxels() -> int:
+    return int(grid.mni_brain().sum())
+
+
 def _warnings(record: Mapping[str, Any], preparation: Preparation) -> list[str]:
     found = [low_coverage(record, preparation)]
     if record["mni_overlap"] < GOOD_OVERLAP:
         found.append(f"only {record['mni_overlap']:.0%} of the MNI brain is covered")
-    times = record["voxels"] / int(grid.mni_brain().sum())
+    times = record["voxels"] / _mni_voxels()
     if times > LARGE_BRAIN:
         found.append(f"its brain mask has {times:.1f} times the volume of the MNI brain; give one without background")
     if record["site"] is None:

@@ -28,7 +28,7 @@ from bundle.anatomy.atlas import load_atlas
 from bundle.data.batches import loader
 from bundle.data.splits import make_splits, save_splits
 from bundle.data.transforms import ReadClipd
-from bundle.files import config_file, settled, stamp_of
+from bundle.files import SETTLED_S, config_file
 from bundle.preparation import store as stored
 from bundle.preparation.chain import load_preparation
 from bundle.preparation.seen import fingerprint, source_stamps, write_seen
@@ -107,41 +107,38 @@ def _in_a_process(name: str, place: Path, runs: int) -> list[str]:
 def simulate(place: Path, runs: int) -> None:
     """Write the simulated store, its table of runs (all.tsv, with one real run more) and one.tsv, of that run alone."""
     preparation, draw = load_preparation(), np.random.default_rng(0)
+    parameters_hash = preparation.parameters_hash
     store, sources = place / "store", place / "sources"
     (store / "runs").mkdir(parents=True)
     sources.mkdir()
     atlas = load_atlas(preparation.atlas)
-    rows, masters = [], place / "masters"
+    rows = []
     for number in range(runs):
         name = f"sub-{number:06d}"
+        (sources / f"{name}_bold.nii.gz").touch()
+        site = number // 2 % (20 if runs > 1000 else 1)
+        row = {"participant_id": name, "bold": sources / f"{name}_bold.nii.gz", "run_id": name, "site": f"site-{site}"}
+        rows.append(row | {"diagnosis": number % 2, "age": float(draw.integers(80, 180)) / 10, "sex": "FM"[site % 2]})
+    _real_run(place / "sub-more_bold.nii.gz")
+    more = rows[0] | {"participant_id": "sub-more", "bold": place / "sub-more_bold.nii.gz", "run_id": "sub-more"}
+    pd.DataFrame([more]).to_csv(place / "one.tsv", sep="\t", index=False)
+    pd.DataFrame([*rows, more]).to_csv(place / "all.tsv", sep="\t", index=False)
+    found = find_runs(place / "all.tsv")[:runs]
+    masters = place / "masters"
+    for number, run in enumerate(found):
         if number % LINKS == 0:
             shutil.rmtree(masters, ignore_errors=True)
             _arrays(masters, draw)
-        bold = sources / f"{name}_bold.nii.gz"
-        bold.touch()
-        folder = store / "runs" / name
+        folder = store / "runs" / run["run_id"]
         folder.mkdir()
         for file in masters.iterdir():
             os.link(file, folder / file.name)
-        row = {
-            "participant_id": name,
-            "bold": bold,
-            "site": f"site-{number // 2 % (1 if runs < 1000 else 20):02d}",
-            "diagnosis": number % 2,
-        }
-        rows.append(row | {"age": float(draw.integers(80, 180)) / 10, "sex": "FM"[number // 2 % 2], "run_id": name})
-        (folder / "run.json").write_text(json.dumps(_record(rows[-1], preparation.parameters_hash, atlas, draw)))
-    real = place / "sub-more_bold.nii.gz"
-    _real_run(real)
-    more = {"participant_id": "sub-more", "bold": real, "site": "site-00", "diagnosis": 0, "age": 10.0, "sex": "F"}
-    more |= {"run_id": "sub-more"}
-    pd.DataFrame([more]).to_csv(place / "one.tsv", sep="\t", index=False)
-    pd.DataFrame([*rows, more]).to_csv(place / "all.tsv", sep="\t", index=False)
-    while not all(settled(stamp_of(path)) for path in (bold, folder / "run.json", folder / "frames.npy")):
-        time.sleep(0.1)
-    found = find_runs(place / "all.tsv")[:runs]
+        record = _record(run, parameters_hash, atlas, draw)
+        (folder / "run.json").write_text(json.dumps(record))
+    time.sleep(SETTLED_S + 1)
     records = stored.read_records(store)
     seen = {run["run_id"]: fingerprint(run, source_stamps(run), records[run["run_id"]], store) for run in found}
+    assert all(seen.values())
     write_seen(store, seen)
 
 
@@ -153,16 +150,16 @@ def _arrays(folder: Path, draw: np.random.Generator) -> None:
     (folder / "picture.webp").write_bytes(bytes(20_000))
 
 
-def _record(row: dict[str, Any], parameters_hash: str, atlas: Any, draw: np.random.Generator) -> dict[str, Any]:
+def _record(run: dict[str, Any], parameters_hash: str, atlas: Any, draw: np.random.Generator) -> dict[str, Any]:
     """As `bundle.preparation.prepare` writes it, with made-up numbers."""
     return {
-        **{key: row[key] for key in ("run_id", "participant_id", "site", "diagnosis")},
-        "participant": {"age": row["age"], "sex": row["sex"]}, "mean_fd": None, "source": str(row["bold"]),
+        **{key: run[key] for key in ("run_id", "participant_id", "site", "diagnosis", "participant")}, "mean_fd": None,
+        "source": str(run["bold"]),
         "source_sha256": draw.bytes(32).hex(), "mask_sha256": draw.bytes(32).hex(), "confounds_sha256": None,
         "tr_in": 2.0, "tr_source": "header", "space": "MNI152", "parameters_hash": parameters_hash,
         "versions": dict.fromkeys(("numpy", "scipy", "nibabel", "nilearn", "monai", "torch"), "1.26.4"),
         "affine_in": grid.AFFINE.tolist(), "axcodes_in": "RAS", "shape_in": [97, 115, 97], "frames_in": 164,
-        "tr": 0.8, "cleaning": None, "mask_source": str(row["bold"]).replace("bold", "mask"), "mni_overlap": 0.97,
+        "tr": 0.8, "cleaning": None, "mask_source": str(run["bold"]).replace("bold", "mask"), "mni_overlap": 0.97,
         "frames": FRAMES, "voxels": VOXELS, "mean": 900.5, "sd": 250.25, "fill": -3.5,
         "coverage": {name: float(draw.uniform(0.9, 1)) for name in atlas.groups}, "coverage_atlas": atlas.sha256,
     }  # fmt: skip

@@ -130,7 +130,9 @@ def test_what_is_remembered_never_differs_from_what_is_there(tmp_path_factory, a
         if move == "write":
             store.write_run(folder, *make_run(run_id, frames=3, voxels=2, seed=seed, step="x" * (step + 20)))
         elif move == "record" and there:
-            store.write_record(folder, {"run_id": run_id, "parameters_hash": "hash", "step": "x" * step})  # no two of a size
+            store.write_record(
+                folder, {"run_id": run_id, "parameters_hash": "hash", "step": "x" * step}
+            )  # no two of a size
         elif move == "remove":
             store.remove_run(folder, run_id)
         elif move == "damage" and there:

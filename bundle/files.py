@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -143,6 +144,31 @@ def remove_path(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
+
+
+Stamp = list[int]
+"""What tells two versions of a file apart without reading them, see `stamp_of`."""
+
+SETTLED_S = 2.0
+"""A file changed less than this long ago may change again without its times telling: some disks count in twos."""
+
+
+def stamp_of(path: str | Path) -> Stamp | None:
+    """Size, times of the last change of content and of anything (ns), and inode of a file; None where there is none.
+
+    Git knows by the same that a file is unchanged. Nobody can set the second time, so that a file that is copied over
+    another one with all its times is noticed.
+    """
+    try:
+        found = os.stat(path)  # noqa: PTH116  (called a million times)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def settled(stamp: Stamp | None) -> bool:
+    """Whether a file would have another stamp if it were changed now, as is so of one that is not there."""
+    return stamp is None or time.time_ns() - max(stamp[1], stamp[2]) > SETTLED_S * 1e9
 
 
 def host_name() -> str:

@@ -135,6 +135,7 @@ def prepare(
     high_pass: float | None = None,
     low_pass: float | None = None,
     pictures: bool | None = None,
+    rehash: bool | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
 ) -> None:
@@ -165,6 +166,8 @@ def prepare(
         high_pass: lowest frequency kept, Hz; all by default.
         low_pass: highest frequency kept, Hz; all by default.
         pictures: draw each run's mean BOLD with contours of its brain mask and of the regions into the report.
+        rehash: read every source file again; else those whose size and times are those of the last time are taken for
+            unchanged.
         workers: runs prepared at a time, each by a process of its own.
         scheduler: address of a Dask scheduler, e.g. tcp://host:8786, to use its workers instead.
     """
@@ -172,7 +175,7 @@ def prepare(
         dataset_dir=source, output_dir=store, layout=layout, participants=participants, labels=labels, tr=tr,
         space=space, min_overlap=min_overlap, atlas=atlas, min_coverage=min_coverage, on_low_coverage=on_low_coverage,
         confounds=list(confounds) if isinstance(confounds, tuple) else confounds, max_fd=max_fd, high_pass=high_pass,
-        low_pass=low_pass, pictures=pictures, workers=workers, scheduler=scheduler,
+        low_pass=low_pass, pictures=pictures, rehash=rehash, workers=workers, scheduler=scheduler,
     )  # fmt: skip
     if dry_run:
         _look(config, f"{store.rstrip('/')}-preflight", config["pictures"])

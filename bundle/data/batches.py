@@ -1,5 +1,6 @@
 """From a prepared store and a split file to batches on the device."""
 
+import gc
 import logging
 import math
 import signal
@@ -63,7 +64,7 @@ def loader(
         "num_workers": num_workers,
         "pin_memory": pin_memory,
         "collate_fn": keep_items,
-        "worker_init_fn": _outlive_sigterm,
+        "worker_init_fn": _begin_reading,
     }
     world = idist.get_world_size()
     if shuffle:
@@ -163,8 +164,12 @@ def reseed(transform: object, seed: int) -> None:
     set_rnd(transform, seed)
 
 
-def _outlive_sigterm(_worker: int) -> None:
-    """Read on for a while after SIGTERM, so that the trainer, which gets it too, can end its iteration."""
+def _begin_reading(_worker: int) -> None:
+    """Leave the trainer's objects alone, and read on for a while after SIGTERM, which the trainer gets too.
+
+    So it can end its iteration. The garbage collector would write to each of its objects, and so copy its memory.
+    """
+    gc.freeze()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
 

@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +12,79 @@ from numpy.typing import NDArray
 from bundle.data.splits import SETS, check_participants, load_splits
 from bundle.data.targets import Target
 from bundle.errors import InputError
-from bundle.preparation.store import read_manifest
+from bundle.preparation.store import read_index
 from bundle.preparation.transforms import CLIP_FRAMES
 
 logger = logging.getLogger(__name__)
 
 
+class Clips(Sequence[dict]):
+    """A list of clips, or of whole runs, whose dictionaries are made when they are asked for.
+
+    It holds a few numbers and names per run, in arrays: ten million dictionaries would take 3 GB, and as much again in
+    each of a loader's processes, which copy what they count references to.
+
+    Args:
+        runs: records, as in the manifest's "runs".
+        frames: the clip's length, which no run falls short of.
+        stride: frames from one clip's start to the next's.
+        whole_runs: one item per run, with the "starts" of its clips.
+        labels: of each participant, each item's "label"; None: items have none.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Mapping[str, Any]],
+        frames: int,
+        stride: int,
+        whole_runs: bool,
+        labels: Mapping[str, float] | None = None,
+    ) -> None:
+        self.run_ids = np.array([run["run_id"] for run in runs], str)
+        self.participants = np.array([run["participant_id"] for run in runs], str)
+        self.labels = None if labels is None else np.array([labels[run["participant_id"]] for run in runs], float)
+        self.ends = np.cumsum([1 + (run["frames"] - frames) // stride for run in runs], dtype=np.int64)
+        self.stride = stride
+        self.whole_runs = whole_runs
+
+    @property
+    def clip_count(self) -> int:
+        """How many clips there are, also of whole runs."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __len__(self) -> int:
+        """How many items there are."""
+        return len(self.ends) if self.whole_runs else self.clip_count
+
+    @overload
+    def __getitem__(self, place: int) -> dict: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[dict]: ...
+    def __getitem__(self, place: int | slice) -> dict | list[dict]:
+        """An item, or a list of some."""
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = index(place)
+        number += len(self) if number < 0 else 0
+        if not 0 <= number < len(self):
+            raise IndexError(f"item {place} of {len(self)}")
+        run = number if self.whole_runs else int(np.searchsorted(self.ends, number, "right"))
+        first = int(self.ends[run - 1]) if run else 0
+        item: dict[str, Any] = {"run_id": str(self.run_ids[run]), "participant_id": str(self.participants[run])}
+        if self.whole_runs:
+            item["starts"] = [self.stride * clip for clip in range(int(self.ends[run]) - first)]
+        else:
+            item["start"] = self.stride * (number - first)
+        return item if self.labels is None else item | {"label": float(self.labels[run])}
+
+
 def clips(
-    runs: Sequence[Mapping[str, Any]], frames: int = CLIP_FRAMES, stride: int = CLIP_FRAMES, whole_runs: bool = False
-) -> list[dict]:
+    runs: Sequence[Mapping[str, Any]],
+    frames: int = CLIP_FRAMES,
+    stride: int = CLIP_FRAMES,
+    whole_runs: bool = False,
+    labels: Mapping[str, float] | None = None,
+) -> Clips:
     """List the clips of stored runs, in order: 1 + (T - frames) // stride of each run, the tail left out.
 
     Args:
@@ -27,6 +92,7 @@ def clips(
         frames: the clip's length.
         stride: frames from one clip's start to the next's; equal to `frames` they do not overlap.
         whole_runs: one item per run, with the "starts" of its clips.
+        labels: of each participant, added as the items' "label"; None: none is.
 
     Returns:
         {"run_id", "participant_id", "start"} for each clip, or {"run_id", "participant_id", "starts"} for each run.
@@ -39,15 +105,7 @@ def clips(
     for run in runs:
         if run["frames"] < frames:
             raise InputError(f"run {run['run_id']} has {run['frames']} frames, fewer than a clip's {frames}")
-    items = [
-        {
-            "run_id": run["run_id"],
-            "participant_id": run["participant_id"],
-            "starts": list(range(0, run["frames"] - frames + 1, stride)),
-        }
-        for run in runs
-    ]
-    return items if whole_runs else [clip for item in items for clip in clips_of(item)]
+    return Clips(runs, frames, stride, whole_runs, labels)
 
 
 def clips_of(item: Mapping[str, Any]) -> list[dict]:
@@ -67,7 +125,7 @@ def split_clips(
     target: Target | None = None,
     label_shuffle_seed: int | None = None,
     whole_runs: bool = False,
-) -> list[dict]:
+) -> Clips:
     """List the clips of one set of the split file, or its runs.
 
     Args:
@@ -87,23 +145,21 @@ def split_clips(
     Raises:
         InputError: the store has no runs, disagrees with the split file, or a set has nobody to learn from.
     """
-    runs = read_manifest(store)["runs"]
+    runs = read_index(store)["runs"]
     if not runs:
         raise InputError(f"{store}: the store holds no prepared run; see its summary.tsv and prepare again")
     splits = load_splits(splits_file)
     check_participants(splits, {run["participant_id"] for run in runs}, splits_file)
     members = set(splits["sets"][subset]) - (set(target.missing) if target else set())
     chosen = [run for run in runs if run["participant_id"] in members]
-    items = clips(chosen, frames=frames, stride=stride, whole_runs=whole_runs)
-    if target is not None:
-        labels = _labels(chosen, target, subset, store)
-        if label_shuffle_seed is not None:
-            labels = _shuffled(labels, chosen, subset, label_shuffle_seed)
-        items = [item | {"label": labels[item["participant_id"]]} for item in items]
+    labels = None if target is None else _labels(chosen, target, subset, store)
+    if labels is not None and label_shuffle_seed is not None:
+        labels = _shuffled(labels, chosen, subset, label_shuffle_seed)
+    items = clips(chosen, frames=frames, stride=stride, whole_runs=whole_runs, labels=labels)
     logger.info(
         "%s set: %d clips of %d frames from %d runs of %d participants",
         subset,
-        sum(len(clips_of(item)) for item in items),
+        items.clip_count,
         frames,
         len(chosen),
         len({run["participant_id"] for run in chosen}),

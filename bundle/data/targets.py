@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bundle.errors import InputError
-from bundle.preparation.store import read_manifest
+from bundle.preparation.store import read_index
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def read_target(
     store: str | Path, target: str = "diagnosis", task: str | None = None, classes: Sequence[Any] | None = None
 ) -> Target:
     """The target of a store's participants, see `target_of`; what was read is logged."""
-    found = target_of(read_manifest(store)["runs"], target, task, classes, store)
+    found = target_of(read_index(store)["runs"], target, task, classes, store)
     what = ", ".join(f"{list(found.labels.values()).count(number)} {name}" for number, name in enumerate(found.classes))
     logger.info("Target %s, %s: %s", target, found.kind, what or f"{len(found.labels)} participants with a value")
     if found.missing:

@@ -54,13 +54,17 @@ class ReadClipd(Randomizable, MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             run_id = item[key]
-            if self.random:
-                total = store.count_frames(self.store, run_id)
+
+            def start_of(total: int, run_id: str = run_id) -> int:
+                if not self.random:
+                    return item["start"]
                 if total < self.frames:
                     raise InputError(f"run {run_id} in {self.store} has {total} frames, not {self.frames}")
                 self.randomize(total)
                 item["start"] = self.start
-            item["frames"] = store.read_clip(self.store, run_id, item["start"], self.frames)
+                return self.start
+
+            item["frames"] = store.read_drawn_clip(self.store, run_id, start_of, self.frames)
             item["voxels"] = store.read_voxels(self.store, run_id)
             record = store.read_run(self.store, run_id)
             item["moments"] = run_moments(store.read_moments(self.store, run_id), record)

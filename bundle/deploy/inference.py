@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
 from bundle.anatomy.atlas import AAL3
-from bundle.data.clips import clips, clips_of
+from bundle.data.clips import Clips, clips, clips_of
 from bundle.deploy.release import Member, ReleasedModel
 from bundle.errors import InputError
 from bundle.evaluation.reference import findings, hashes_of, percentile_of, seen_by
@@ -65,7 +65,7 @@ def prepared_clips(
     preparation: Preparation,
     whole_runs: bool = False,
     atlas: str = AAL3,
-) -> list[dict]:
+) -> Clips:
     """Prepare the runs of a folder or table and list their clips; `Predictions.report` names those that failed.
 
     Args:

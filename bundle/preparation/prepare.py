@@ -4,7 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from bundle.preparation.bold import open_bold
 from bundle.preparation.chain import Preparation, load_preparation
 from bundle.preparation.motion import mean_fd
 from bundle.preparation.pictures import stored_picture
+from bundle.preparation.seen import IDENTITY, fingerprint, read_seen, source_stamps, write_seen
 from bundle.preparation.sources import Run
 from bundle.preparation.transforms import StoreRund
 from bundle.workers import parallel_map
@@ -45,14 +46,15 @@ def prepare(
     workers: int = 1,
     scheduler: str | None = None,
     pictures: bool = False,
+    rehash: bool = False,
 ) -> dict[str, Any]:
     """Prepare runs into a store; a bad run is listed with its reason and never stops the others.
 
     A run is current, and skipped, when its files' hashes, TR, space and the preparation's parameters are those it was
     prepared with and its arrays are intact. When only its participant's columns or the atlas changed, only its record
-    is rewritten.
+    is rewritten. Files whose size, times and inode are those of the last time (`bundle.files.stamp_of`) are not read.
     The store gets summary.tsv and report.html, one row per run. Interrupted and started again, or shared out among
-    any number of workers, it ends with the same bytes.
+    any number of workers, it ends with the same bytes, less what it remembers of these times.
 
     Args:
         runs: from `bundle.preparation.sources`.
@@ -60,7 +62,8 @@ def prepare(
         preparation: the steps; None takes those of configs/prepare.json.
         workers: processes on this machine; each needs about 2 GiB for a run of 400 frames.
         scheduler: address of a Dask scheduler whose workers are used instead; they must see the same files.
-        pictures: draw each stored run that has no picture yet, and show the pictures in report.html.
+        pictures: draw each stored run that report.html shows and that has no picture yet, and show the pictures there.
+        rehash: read every file again, whatever its size and times are.
 
     Returns:
         {"rows": one dictionary per run ("run_id", "participant_id", "status", "reason", ...), "prepared": n,
@@ -80,18 +83,29 @@ def prepare(
     store.clean_unfinished(folder)
     stored = store.read_records(folder)
     store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
+    stamps = [source_stamps(run) for run in runs]  # before anything is read
+    seen = {} if rehash else read_seen(folder)
+    wanted = preparation.parameters_hash
+    same = [
+        (record := stored.get(run["run_id"])) is not None
+        and record["parameters_hash"] == wanted
+        and run["run_id"] in seen
+        and seen[run["run_id"]] == fingerprint(run, own, record, folder)
+        for run, own in zip(runs, stamps, strict=True)
+    ]
 
     with parallel_map(workers, scheduler) as each:
-        identities = identify_runs(preparation, runs, stored, each)
+        identities = identify_runs(preparation, runs, stored, each, same)
         rows = [
-            _plan(preparation, run, identity, stored.get(run["run_id"]), folder)
-            for run, identity in zip(runs, identities, strict=True)
+            _plan(preparation, run, identity, stored.get(run["run_id"]), folder, known)
+            for run, identity, known in zip(runs, identities, same, strict=True)
         ]
-        todo = [index for index, row in enumerate(rows) if row["status"] == "to do"]
-        tasks = [(runs[index], identities[index]) for index in todo]
-        for index, row in zip(todo, each(partial(_attempt, preparation, write), tasks, "preparing"), strict=True):
-            rows[index] = row
-        ids = [row["run_id"] for row in rows if row["status"] in _STORED] if pictures else []
+        todo = [number for number, row in enumerate(rows) if row["status"] == "to do"]
+        tasks = [(runs[number], identities[number]) for number in todo]
+        for number, row in zip(todo, each(partial(_attempt, preparation, write), tasks, "preparing"), strict=True):
+            rows[number] = row
+        shown = run_report.shown(rows) if pictures else ()
+        ids = [row["run_id"] for row in shown if row["status"] in _STORED]
         draw = partial(stored_picture, folder, preparation.atlas)
         drawn = dict(zip(ids, each(draw, ids, "drawing"), strict=True)) if pictures else None
     for row in rows:
@@ -101,6 +115,13 @@ def prepare(
             row["reason"] += "; the store still holds the version prepared earlier"
 
     manifest = store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
+    records = {record["run_id"]: record for record in manifest["runs"]}
+    found = {
+        run["run_id"]: seen[run["run_id"]] if known else fingerprint(run, own, records[run["run_id"]], folder)
+        for run, own, known, row in zip(runs, stamps, same, rows, strict=True)
+        if row["status"] in _STORED and run["run_id"] in records
+    }
+    write_seen(folder, found)
     if unlisted := sorted({run["run_id"] for run in manifest["runs"]} - {run["run_id"] for run in runs}):
         logger.warning(
             "%s holds %d runs that are not in this source and stay in use, such as %s; where they should not be, take "
@@ -131,10 +152,28 @@ def refuse_failed_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def identify_runs(
-    preparation: Preparation, runs: Sequence[Run], stored: Mapping[str, dict], each: Callable
+    preparation: Preparation,
+    runs: Sequence[Run],
+    stored: Mapping[str, dict],
+    each: Callable,
+    same: Sequence[bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """What decides whether each run is current, duplicates marked; {"problem": why} where a run cannot be used."""
-    identities = each(partial(_identify, preparation), runs, "checking")
+    """What decides whether each run is current, duplicates marked; {"problem": why} where a run cannot be used.
+
+    Args:
+        preparation: the steps.
+        runs: from `bundle.preparation.sources`.
+        stored: records of the store by run id.
+        each: maps over runs, see `bundle.workers.parallel_map`.
+        same: which runs' files are known to be those of their record; None: of none.
+    """
+    same = same or [False] * len(runs)
+    looked_at = [run for run, known in zip(runs, same, strict=True) if not known]
+    found = iter(each(partial(_identify, preparation), looked_at, "checking"))
+    identities = [
+        {key: stored[run["run_id"]][key] for key in IDENTITY} if known else next(found)
+        for run, known in zip(runs, same, strict=True)
+    ]
     _refuse_duplicates(runs, identities, stored)
     return identities
 
@@ -212,16 +251,27 @@ def _is_another(run: Run, identity: Mapping[str, Any], record: Mapping[str, Any]
 
 
 def _plan(
-    preparation: Preparation, run: Run, identity: Mapping[str, Any], stored: dict | None, folder: str | Path
+    preparation: Preparation,
+    run: Run,
+    identity: Mapping[str, Any],
+    stored: dict | None,
+    folder: str | Path,
+    same: bool,
 ) -> dict[str, Any]:
-    """Decide on one run; rewrites the record where only the participant's columns or the atlas changed."""
+    """Decide on one run; rewrites the record where only the participant's columns or the atlas changed.
+
+    Where its files, in the source and in the store, are known to be the `same`, none of them is opened.
+    """
     if "problem" in identity:
         return row_of(run, preparation, "failed", reason=identity["problem"])
     if stored is None or any(stored.get(key) != value for key, value in identity.items()):
         return row_of(run, preparation, "to do")
-    if not store.is_intact(folder, stored):
+    if not same and not store.is_intact(folder, stored):
         return row_of(run, preparation, "to do")
-    columns = _of_participant(run)
+    if same and run["participant"] == stored["participant"]:
+        columns = {key: run[key] for key in PARTICIPANT_COLUMNS}  # so head motion is the same as well
+    else:
+        columns = _of_participant(run)
     if stored.get("coverage_atlas") != atlas.load_atlas(preparation.atlas).sha256:
         columns |= _coverage(store.read_voxels(folder, run["run_id"]), preparation)
     record = stored | columns
@@ -325,11 +375,16 @@ def row_of(
     return row if record["mean_fd"] is None else row | {"mean_fd": record["mean_fd"]}
 
 
+@cache
+def _mni_voxels() -> int:
+    return int(grid.mni_brain().sum())
+
+
 def _warnings(record: Mapping[str, Any], preparation: Preparation) -> list[str]:
     found = [low_coverage(record, preparation)]
     if record["mni_overlap"] < GOOD_OVERLAP:
         found.append(f"only {record['mni_overlap']:.0%} of the MNI brain is covered")
-    times = record["voxels"] / int(grid.mni_brain().sum())
+    times = record["voxels"] / _mni_voxels()
     if times > LARGE_BRAIN:
         found.append(f"its brain mask has {times:.1f} times the volume of the MNI brain; give one without background")
     if record["site"] is None:

@@ -16,6 +16,8 @@ COVERAGE = "coverage_"
 """How the columns begin that hold the share of a region, one of the atlas's groups, that a run covers."""
 MOST_REGIONS = 12
 """How many regions the page shows, those that are covered least; the table has all."""
+MOST_CARDS = 1000
+"""How many runs have a card on the page, the worst; browsers become slow with more, and the table has all."""
 _DETAILS = ("voxels", "mean", "sd", "source", "source_sha256")
 
 
@@ -46,10 +48,17 @@ def write(
     context = {
         "title": title,
         "tsv": tsv,
+        "runs": len(rows),
         "kinds": {kind: sum(kind_of(row) == kind for row in rows) for kind in KINDS},
         "rugs": rugs(rows, low or {}),
     }
-    write_text(Path(folder) / page, render("runs.html.j2", **context, **cards(rows, pictures, low or {})))
+    write_text(Path(folder) / page, render("runs.html.j2", **context, **cards(shown(rows), pictures, low or {})))
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that have a card on the page, the worst first; of runs alike, those that were not current come first."""
+    order = sorted(rows, key=lambda row: (KINDS.index(kind_of(row)), row["status"] == "current"))
+    return order[:MOST_CARDS]
 
 
 def cards(

@@ -6,27 +6,43 @@ store/runs/<run_id>/moments.npy (2, V) float64, these means and SDs, in the file
 store/runs/<run_id>/voxels.npy  (V,) int32, flat C-order indices into `grid.SHAPE`
 store/runs/<run_id>/run.json    the run's record: participant, provenance, mean and SD of the whole run, fill, coverage
 store/runs/<run_id>/picture.webp  where one was asked for, the run's mean with contours of its brain and the regions
+store/.seen-records.json        which run.json the manifest holds, so that only others are read for the next one
+store/.seen-sources.json        which source files were hashed, so that prepare hashes only others
+
+The last two are of this disk: without them everything is read again, and nothing else changes.
 """
 
 import errno
 import json
 import logging
+import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bundle import files
 from bundle.errors import InputError
-from bundle.files import remove_path, unfinished_beside, write_text
+from bundle.files import Stamp, remove_path, settled, stamp_of, unfinished_beside, write_text
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 _CHUNK_FRAMES = 64
+_SEEN = ".seen-records.json"
+_ARRAYS = ("frames", "voxels", "moments")
+TRAINING_KEYS = frozenset(
+    {
+        "run_id", "participant_id", "site", "diagnosis", "participant", "frames", "parameters_hash", "source_sha256",
+        "mask_sha256", "mask_source", "confounds_sha256",
+    }
+)  # fmt: skip
+"""What training reads of each record; see `read_index`."""
 
 
 def check_run_id(run_id: str) -> str:
@@ -95,20 +111,28 @@ def remove_run(store: str | Path, run_id: str) -> None:
 def write_manifest(store: str | Path, parameters: dict, parameters_hash: str) -> dict:
     """Rebuild manifest.json from the runs' folders and return it (see `read_manifest`).
 
+    Records that the last manifest holds are taken from there while their files are the same, by `files.stamp_of`.
+    Killed at any time, it leaves the last manifest or the new one, whole.
+
     Raises:
         WriteError: the store cannot be written.
     """
+    path = Path(store) / "manifest.json"
+    known = _remembered(store)
     while True:
-        records = read_records(store)
+        known = _refreshed(store, known)
         manifest = {
             "format": FORMAT,
             "parameters": parameters,
             "parameters_hash": parameters_hash,
-            "runs": list(records.values()),
+            "runs": [record for _, record in known.values() if record],
         }
-        write_text(Path(store) / "manifest.json", _json(manifest))
-        if read_records(store) == records:  # else another process has finished a run, and may have been overwritten
-            return manifest
+        write_text(path, _manifest_text(manifest))
+        if _record_stamps(store) == {run_id: stamp for run_id, (stamp, _) in known.items()}:
+            break  # else another process has finished a run, and may have been overwritten
+    seen = [[run_id, stamp if settled(stamp) else None] for run_id, (stamp, record) in known.items() if record]
+    write_text(Path(store) / _SEEN, json.dumps({"manifest": stamp_of(path), "runs": seen}) + "\n")
+    return manifest
 
 
 def read_manifest(store: str | Path) -> dict[str, Any]:
@@ -120,11 +144,47 @@ def read_manifest(store: str | Path) -> dict[str, Any]:
     Raises:
         InputError: there is no store, it has another format, or its runs' preparation parameters differ.
     """
+    return _checked(_read_json(_manifest_at(store)), store)
+
+
+def read_index(store: str | Path) -> dict[str, Any]:
+    """As `read_manifest`, but with no more of each run than `TRAINING_KEYS`; not to be changed by who reads it.
+
+    A process reads each manifest once, however often it asks: with half a million runs that is what starting takes.
+
+    Raises:
+        InputError: as `read_manifest`.
+    """
+    path = _manifest_at(store)
+    return _checked(_read_index(path, tuple(stamp_of(path) or ())), store)
+
+
+@lru_cache(maxsize=1)
+def _read_index(path: Path, _stamp: tuple[int, ...]) -> dict[str, Any]:
+    shared: dict[Any, Any] = {}
+
+    def brief(content: dict[str, Any]) -> dict[str, Any]:
+        if "run_id" not in content:
+            return content
+        kept = {key: value for key, value in content.items() if key in TRAINING_KEYS}
+        for key in ("site", "diagnosis", "parameters_hash"):  # the same of many runs: one object, not one of each
+            if isinstance(value := kept.get(key), str):
+                kept[key] = shared.setdefault(value, value)
+        return kept
+
+    return _read_json(path, brief)
+
+
+def _manifest_at(store: str | Path) -> Path:
     path = Path(store) / "manifest.json"
     if not path.is_file():
         raise InputError(f"{store} is not a finished store (no manifest.json); run prepare, or check the path")
-    manifest = _read_json(path)
+    return path
+
+
+def _checked(manifest: dict[str, Any], store: str | Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
+        path = Path(store) / "manifest.json"
         raise InputError(f"{path} has format {manifest.get('format')!r}, not {FORMAT}; prepare the data again")
     expected = manifest["parameters_hash"]
     stale = [run["run_id"] for run in manifest["runs"] if run["parameters_hash"] != expected]
@@ -137,14 +197,52 @@ def read_manifest(store: str | Path) -> dict[str, Any]:
 
 
 def read_records(store: str | Path) -> dict[str, dict]:
-    """Read every run's run.json, by run id, in sorted order; a damaged one is left out with a warning."""
-    records = {}
-    for path in sorted((Path(store) / "runs").glob("[!.]*/run.json")):
+    """Read every run's run.json, by run id, in sorted order; a damaged one is left out with a warning.
+
+    Those that the manifest holds are taken from there, see `write_manifest`.
+    """
+    known = _refreshed(store, _remembered(store))
+    return {run_id: record for run_id, (_, record) in known.items() if record}
+
+
+Known = dict[str, tuple[Stamp, dict | None]]
+"""Records by run id, in sorted order, with the stamps of the files that they were read from; None: a damaged one."""
+
+
+def _remembered(store: str | Path) -> Known:
+    """What is known without reading a run's folder; nothing where the manifest is not the one that was written last."""
+    path = Path(store) / "manifest.json"
+    try:
+        seen = json.loads((Path(store) / _SEEN).read_text(encoding="utf-8"))
+        if seen["manifest"] != stamp_of(path):
+            return {}
+        both = list(zip(seen["runs"], _read_json(path)["runs"], strict=True))
+    except (OSError, ValueError, KeyError, TypeError, InputError):  # absent or damaged: then all records are read
+        return {}
+    return {run_id: (stamp, record) for (run_id, stamp), record in both if stamp}
+
+
+def _refreshed(store: str | Path, known: Known) -> Known:
+    """Records as they are now: of files with another stamp, or none so far, read."""
+    found: Known = {}
+    for run_id, stamp in _record_stamps(store).items():
+        if run_id in known and known[run_id][0] == stamp:
+            found[run_id] = known[run_id]
+            continue
         try:
-            records[path.parent.name] = _read_json(path)
+            found[run_id] = stamp, _read_json(Path(store) / "runs" / run_id / "run.json")
         except InputError as error:
             logger.warning("%s", error)
-    return records
+            found[run_id] = stamp, None
+    return found
+
+
+def _record_stamps(store: str | Path) -> dict[str, Stamp]:
+    """The stamp of each run's run.json, by the name of its folder, sorted."""
+    runs = Path(store) / "runs"
+    names = sorted(entry.name for entry in os.scandir(runs) if entry.name[0] != ".") if runs.is_dir() else []
+    stamps = ((name, stamp_of(f"{runs}/{name}/run.json")) for name in names)
+    return {name: stamp for name, stamp in stamps if stamp}
 
 
 def read_run(store: str | Path, run_id: str) -> dict:
@@ -187,7 +285,16 @@ def read_clip(store: str | Path, run_id: str, start: int, frames: int) -> NDArra
     Raises:
         InputError: no such run, or the run has no such frames.
     """
+    return read_drawn_clip(store, run_id, lambda _: start, frames)
+
+
+def read_drawn_clip(store: str | Path, run_id: str, start_of: Callable[[int], int], frames: int) -> NDArray[np.float16]:
+    """As `read_clip`, but the first frame depends on how many the run has: `start_of` is called with that number.
+
+    The run's file is opened once, which is what one waits for on a network disk.
+    """
     rows = _open_array(_folder(store, run_id), "frames.npy")
+    start = start_of(len(rows))
     if frames < 1 or not 0 <= start <= len(rows) - frames:
         raise InputError(
             f"run {run_id} in {store} has {len(rows)} frames, so no clip of {frames} begins at frame {start}"
@@ -206,11 +313,16 @@ def count_frames(store: str | Path, run_id: str) -> int:
     return len(_open_array(_folder(store, run_id), "frames.npy"))
 
 
+def array_files(store: str | Path, run_id: str) -> list[Path]:
+    """The files of a run that hold its arrays: frames, voxels and moments."""
+    return [Path(store) / "runs" / run_id / f"{name}.npy" for name in _ARRAYS]
+
+
 def is_intact(store: str | Path, record: dict) -> bool:
     """Whether a run's arrays are there in full and have the shapes that its record says."""
     folder = Path(store) / "runs" / record["run_id"]
     try:
-        frames, voxels, moments = (_open_array(folder, f"{name}.npy") for name in ("frames", "voxels", "moments"))
+        frames, voxels, moments = (_open_array(folder, f"{name}.npy") for name in _ARRAYS)
     except InputError as error:
         logger.warning("%s", error)
         return False
@@ -234,9 +346,17 @@ def _folder(store: str | Path, run_id: str) -> Path:
 
 
 def _open_array(folder: Path, name: str) -> NDArray:
-    """Map an array of a run into memory, read-only; its values are read when they are used."""
+    """Map an array of a run into memory, read-only; its values are read when they are used.
+
+    As `np.load(..., mmap_mode="r")`, which opens the file three times.
+    """
     try:
-        return np.load(folder / name, mmap_mode="r")
+        with (folder / name).open("rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("not of NumPy's format 1.0")
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            order: Literal["F", "C"] = "F" if fortran_order else "C"
+            return np.memmap(file, dtype, "r", file.tell(), shape, order)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{folder / name} is damaged or missing ({error}); prepare that run again") from error
 
@@ -270,8 +390,17 @@ def _json(content: dict) -> str:
     return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+_encode = json.JSONEncoder(sort_keys=True, allow_nan=False).encode  # in C, other than with an indent
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    """The manifest as JSON, a line per run."""
+    head = _encode({key: value for key, value in manifest.items() if key != "runs"})
+    return head[:-1] + ', "runs": [\n' + ",\n".join(map(_encode, manifest["runs"])) + "\n]}\n"
+
+
+def _read_json(path: Path, hook: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=hook)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); prepare that run again") from error

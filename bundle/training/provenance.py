@@ -18,7 +18,7 @@ from bundle.anatomy.atlas import is_atlas, load_atlas
 from bundle.data.splits import load_splits
 from bundle.errors import InputError
 from bundle.files import file_sha256
-from bundle.preparation.store import read_manifest
+from bundle.preparation.store import read_index
 from bundle.preparation.transforms import mask_kind
 
 CANNOT_SHAPE = {
@@ -153,7 +153,7 @@ def training_provenance(
         `config` (see `resolved_config`), `preparation`, `brain_masks`, `data`, `splits`, `network`, `normalisation`,
         `task` and `labels`. The number of processes that share a step is no fact: the step is the same.
     """
-    manifest = read_manifest(store)
+    manifest = read_index(store)
     return Provenance(
         config=resolved_config(parser_at_work()),
         preparation=manifest["parameters"],

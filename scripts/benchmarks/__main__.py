@@ -10,6 +10,7 @@ from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
 from scripts.benchmarks.gpu import gpu, profile
 from scripts.benchmarks.kernels import kernels
+from scripts.benchmarks.many_runs import many_runs
 from scripts.benchmarks.redundancy_effect import redundancy_effect
 from scripts.benchmarks.report import report
 from scripts.benchmarks.scaling import memory, scaling
@@ -33,6 +34,7 @@ def main() -> None:
         "floor": floor,
         "kernels": kernels,
         "augmentation": augmentation,
+        "many_runs": many_runs,
         "redundancy": redundancy,
         "redundancy_effect": redundancy_effect,
         "report": report,

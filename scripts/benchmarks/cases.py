@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bundle.anatomy import grid
 from bundle.data.batches import PrepareBatch, keep_items
-from bundle.data.clips import clips
+from bundle.data.clips import Clips, clips
 from bundle.data.normalisation import Normalisation
 from bundle.data.transforms import ReadClipd, ScatterClipd, TimeLastd
 from bundle.networks.mamba import STATES
@@ -136,7 +136,7 @@ def stage_block(stage: Stage) -> tuple[WindowBlock, Tensor]:
     return WindowBlock(stage.channels, stage.window, shifted=True), torch.randn(1, *stage.grid, stage.channels)
 
 
-def synthetic_store(folder: Path, runs: int = 4, frames: int = 200, quick: bool = False) -> list[dict]:
+def synthetic_store(folder: Path, runs: int = 4, frames: int = 200, quick: bool = False) -> Clips:
     """Write noise as prepared runs of the MNI152 brain's voxels and list their clips of 20 frames."""
     voxels = np.flatnonzero(grid.mni_brain())[:: 50 if quick else 1]
     draw = np.random.default_rng(0)
@@ -151,9 +151,7 @@ def synthetic_store(folder: Path, runs: int = 4, frames: int = 200, quick: bool 
     return clips(records)
 
 
-def read_all(
-    folder: Path, items: list[dict], batch: int, workers: int, device: str = "cpu", dense: bool = True
-) -> Callable:
+def read_all(folder: Path, items: Clips, batch: int, workers: int, device: str = "cpu", dense: bool = True) -> Callable:
     """A function that reads every clip with the training's loader and, if dense, makes batches on the device."""
     loader = DataLoader(Dataset(items, ReadClipd(folder)), batch_size=batch, num_workers=workers, collate_fn=keep_items)
     prepare = PrepareBatch([ScatterClipd(Normalisation("run", sd_floor=0.1, clip=5.0), device), TimeLastd()])

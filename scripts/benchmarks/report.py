@@ -9,6 +9,7 @@ from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
 from scripts.benchmarks.gpu import gpu, profile
 from scripts.benchmarks.kernels import kernels
+from scripts.benchmarks.many_runs import many_runs
 from scripts.benchmarks.scaling import memory, scaling
 from scripts.benchmarks.table import table
 from scripts.benchmarks.ways import augmentation, redundancy
@@ -24,6 +25,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "augmentation": augmentation,
     "redundancy": redundancy,
+    "many_runs": many_runs,
 }
 
 
@@ -34,8 +36,8 @@ def report(
     """Measure anew and replace sections of the page. At full size this takes about half an hour on two CPU cores.
 
     Args:
-        sections: one or several of table, memory, background, scaling, floor, augmentation, redundancy; kernels where
-            triton is installed; gpu and profile where there is a GPU.
+        sections: one or several of table, memory, background, scaling, floor, augmentation, redundancy,
+            many_runs; kernels where triton is installed; gpu and profile where there is a GPU.
         page: Markdown with `<!-- benchmarks NAME -->` ... `<!-- end -->` around each section.
 
     Raises:

@@ -21,10 +21,11 @@ from monai.transforms import MapTransform
 from nilearn.image import load_img, resample_img
 from small_runs import coarse_brain, coarse_signal, run_of, save_bold, save_mask
 
+from bundle import files as bundle_files
 from bundle import workers
 from bundle.anatomy import grid
 from bundle.errors import InputError
-from bundle.files import WriteError
+from bundle.files import WriteError, file_sha256
 from bundle.preparation import prepare as module
 from bundle.preparation import store
 from bundle.preparation.chain import load_preparation, rebuild_preparation
@@ -96,6 +97,57 @@ def test_running_again_skips_what_is_current(files):
     assert {path: path.stat().st_mtime_ns for path in (files / "store/runs").rglob("*.*")} == before
 
 
+def hashed(monkeypatch):
+    """Names of the files that are hashed from now on."""
+    names = []
+    monkeypatch.setattr(
+        module, "file_sha256", lambda *paths: names.extend(Path(p).name for p in paths) or file_sha256(*paths)
+    )
+    return names
+
+
+def test_files_that_did_not_change_are_not_read_again(files, monkeypatch):
+    monkeypatch.setattr(bundle_files, "SETTLED_S", -1.0)
+    runs = [run_of(files / f"{name}.nii.gz", f"sub-{name}") for name in ("a", "b")]
+    first = prepare(runs, files / "store")
+    names = hashed(monkeypatch)
+    again = prepare([*runs, run_of(files / "c.nii.gz", "sub-c")], files / "store")
+    assert names == ["c.nii.gz"]
+    assert status_of(again) == {"sub-a": "current", "sub-b": "current", "sub-c": "prepared"}
+    assert [row | {"status": "prepared"} for row in again["rows"][:2]] == first["rows"]
+    names.clear()
+    assert prepare(runs, files / "store", rehash=True)["current"] == 2
+    assert sorted(names) == ["a.nii.gz", "b.nii.gz"]
+    (files / "a.nii.gz").touch()
+    names.clear()
+    assert prepare(runs, files / "store")["current"] == 2
+    assert names == ["a.nii.gz"]
+    (files / "store" / ".seen-sources.json").write_text("{")
+    names.clear()
+    assert prepare(runs, files / "store")["current"] == 2
+    assert sorted(names) == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_what_is_remembered_does_not_hide_duplicates_or_other_parameters(files, monkeypatch):
+    monkeypatch.setattr(bundle_files, "SETTLED_S", -1.0)
+    run = run_of(files / "a.nii.gz", "sub-a")
+    prepare([run], files / "store")
+    copy = files / "copy.nii.gz"
+    copy.write_bytes((files / "a.nii.gz").read_bytes())
+    assert prepare([run, run_of(copy, "sub-copy")], files / "store")["failed"] == 2
+    assert status_of(prepare([run], files / "store", load_preparation(new_tr=1.0))) == {"sub-a": "prepared"}
+
+
+def test_files_that_were_just_written_are_read_again(files, monkeypatch):
+    """They could change within a tick of the disk's clock."""
+    monkeypatch.setattr(bundle_files, "SETTLED_S", 3600.0)
+    run = run_of(files / "a.nii.gz", "sub-a")
+    prepare([run], files / "store")
+    names = hashed(monkeypatch)
+    assert prepare([run], files / "store")["current"] == 1
+    assert names == ["a.nii.gz"]
+
+
 CHANGES = {
     "source": lambda run, folder: save_bold(run["bold"], coarse_signal(24, 9), tr=1.0) and {},
     "mask": lambda run, folder: {"mask": save_mask(folder / "mask.nii", coarse_brain())},
@@ -108,7 +160,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_what_changed_is_done_again(files, change):
+@pytest.mark.parametrize("settled_s", [-1.0, 3600.0], ids=["by stamps", "by hashes"])
+def test_what_changed_is_done_again(files, change, settled_s, monkeypatch):
+    monkeypatch.setattr(bundle_files, "SETTLED_S", settled_s)
     run = run_of(files / "a.nii.gz", "sub-a")
     prepare([run], files / "store")
     changed = run | change(run, files)
@@ -278,8 +332,9 @@ def test_killed_in_the_middle_the_store_is_valid_and_running_again_goes_on(files
 
 
 def contents(folder):
-    """Every file of a store, as bytes by path."""
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file of a store, as bytes by path; less what it remembers of files' times."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".seen-")]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def test_many_processes_give_what_one_gives_to_the_byte(files):

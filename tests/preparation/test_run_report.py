@@ -8,6 +8,7 @@ import pytest
 from small_pages import addresses, of_class, read_page, text_of
 
 from bundle.anatomy.atlas import REGIONS
+from bundle.preparation import run_report
 from bundle.preparation.run_report import rugs, write
 
 HOSTILE = '"><script>alert(1)</script>'
@@ -150,3 +151,12 @@ def test_of_many_regions_the_page_shows_those_that_are_covered_least_and_the_tab
     assert shown == [*(name for name in shares if name in least), "whole brain"]
     assert len(of_class(page, "rug")) == 1 + 12 + 3  # the brain, the regions; frames acquired and prepared, TR
     assert sum(column.startswith("coverage_") for column in pd.read_csv(tmp_path / "runs.tsv", sep="\t")) == 20
+
+
+def test_of_very_many_runs_the_worst_have_cards_and_the_table_has_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_report, "MOST_CARDS", 3)
+    rows = [row_of("old", status="current"), row_of("new"), failed("bad"), row_of("older", status="current")]
+    page = page_of(tmp_path, rows)
+    assert list(cards(page)) == ["bad", "new", "old"]
+    assert "4 runs, the worst first; the first 3 are shown" in text_of(page)
+    assert len(pd.read_csv(tmp_path / "runs.tsv", sep="\t")) == 4

@@ -15,12 +15,16 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from bundle import files
 from bundle.errors import InputError
 from bundle.files import WriteError, file_sha256, write_json, write_text
 from bundle.preparation import store
 
 PARAMETERS = ({"tr": 0.8}, "hash")
+read_json = store._read_json
 
 
 def make_run(run_id="sub-01", frames=50, voxels=200, seed=0, **more):
@@ -101,6 +105,143 @@ def test_a_run_that_another_process_finishes_meanwhile_is_in_the_manifest(tmp_pa
     monkeypatch.setattr(store, "write_text", slow)
     store.write_manifest(tmp_path, {}, "hash")
     assert [run["run_id"] for run in store.read_manifest(tmp_path)["runs"]] == ["a", "b"]
+
+
+@pytest.fixture
+def all_settled(monkeypatch):
+    """Files count as unchanged by their stamps at once, not after two seconds."""
+    monkeypatch.setattr(files, "SETTLED_S", -1.0)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    moves=st.lists(
+        st.tuples(st.sampled_from(["write", "record", "remove", "damage", "forget", "manifest"]), st.integers(0, 3)),
+        max_size=12,
+    ),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_remembered_never_differs_from_what_is_there(tmp_path_factory, all_settled, seed, moves):
+    """Truth: a copy of the folders without the remembered stamps, whose manifest is made of what each folder holds."""
+    folder = tmp_path_factory.mktemp("store")
+    for step, (move, number) in enumerate(moves):
+        run_id = f"sub-{number}"
+        there = (folder / "runs" / run_id).is_dir()
+        if move == "write":
+            store.write_run(folder, *make_run(run_id, frames=3, voxels=2, seed=seed, step="x" * (step + 20)))
+        elif move == "record" and there:
+            store.write_record(
+                folder, {"run_id": run_id, "parameters_hash": "hash", "step": "x" * step}
+            )  # no two of a size
+        elif move == "remove":
+            store.remove_run(folder, run_id)
+        elif move == "damage" and there:
+            (folder / "runs" / run_id / "run.json").write_text("{")
+        elif move == "forget":
+            (folder / ".seen-records.json").unlink(missing_ok=True)
+        elif move == "manifest":
+            store.write_manifest(folder, *PARAMETERS)
+    there = {path.parent.name: path.read_text() for path in sorted((folder / "runs").glob("*/run.json"))}
+    expected = {name: json.loads(text) for name, text in there.items() if text != "{"}
+    assert store.read_records(folder) == expected
+    assert store.write_manifest(folder, *PARAMETERS)["runs"] == list(expected.values())
+    assert store.read_manifest(folder)["runs"] == list(expected.values())
+    assert store.read_records(folder) == expected
+
+
+def test_only_records_that_changed_are_read_again(tmp_path, all_settled, monkeypatch):
+    for number in range(4):
+        store.write_run(tmp_path, *make_run(f"sub-{number}"))
+    store.write_manifest(tmp_path, *PARAMETERS)
+    store.write_record(tmp_path, make_run("sub-2")[0] | {"site": "B"})
+    read = []
+    monkeypatch.setattr(store, "_read_json", lambda path, *more: read.append(path.name) or read_json(path, *more))
+    before = (tmp_path / "manifest.json").read_bytes()
+    assert store.write_manifest(tmp_path, *PARAMETERS)["runs"][2]["site"] == "B"
+    assert read == ["manifest.json", "run.json"]
+    (tmp_path / ".seen-records.json").unlink()
+    remembered = (tmp_path / "manifest.json").read_bytes()
+    store.write_manifest(tmp_path, *PARAMETERS)
+    assert (tmp_path / "manifest.json").read_bytes() == remembered != before  # as if all had been read
+
+
+def test_a_manifest_that_another_process_has_put_in_the_place_is_not_believed(tmp_path, all_settled):
+    """As when one of two is killed between its manifest and what it remembers."""
+    store.write_run(tmp_path, *make_run("sub-0"))
+    store.write_manifest(tmp_path, *PARAMETERS)
+    old = (tmp_path / "manifest.json").read_text()
+    store.write_record(tmp_path, make_run("sub-0")[0] | {"site": "B"})
+    store.write_manifest(tmp_path, *PARAMETERS)
+    write_text(tmp_path / "manifest.json", old)
+    assert store.read_records(tmp_path)["sub-0"]["site"] == "B"
+    (tmp_path / ".seen-records.json").write_text('{"manifest"')
+    assert store.read_records(tmp_path)["sub-0"]["site"] == "B"
+
+
+def test_a_record_that_was_just_written_is_read_again(tmp_path):
+    store.write_run(tmp_path, *make_run("sub-0"))
+    store.write_manifest(tmp_path, *PARAMETERS)
+    assert json.loads((tmp_path / ".seen-records.json").read_text())["runs"] == [["sub-0", None]]
+
+
+REBUILD_FOREVER = """
+import sys
+from bundle import files
+from bundle.preparation import store
+files.SETTLED_S = -1.0
+print("ready", flush=True)
+while True:
+    store.write_manifest(sys.argv[1], {"tr": 0.8}, "hash")
+"""
+
+
+def test_a_killed_rebuild_of_the_manifest_is_harmless(tmp_path):
+    for number in range(30):
+        store.write_run(tmp_path, *make_run(f"sub-{number:02d}", frames=2, voxels=2))
+    store.write_manifest(tmp_path, *PARAMETERS)
+    for turn in range(4):
+        process = subprocess.Popen([sys.executable, "-c", REBUILD_FOREVER, str(tmp_path)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        store.write_record(tmp_path, make_run("sub-07")[0] | {"turn": turn})
+        time.sleep(0.003 * turn)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert len(store.read_manifest(tmp_path)["runs"]) == 30
+        assert store.read_records(tmp_path)["sub-07"]["turn"] == turn
+        store.clean_unfinished(tmp_path)
+        store.write_manifest(tmp_path, *PARAMETERS)
+        assert store.read_manifest(tmp_path)["runs"][7]["turn"] == turn
+
+
+def test_the_index_is_the_manifest_less_what_training_does_not_read(tmp_path):
+    more = {"site": "A", "participant": {"age": 9}, "coverage": {"frontal": 1.0}, "versions": {"numpy": "2"}}
+    for run_id in ("sub-1", "sub-2"):
+        store.write_run(tmp_path, *make_run(run_id, **more))
+    store.write_manifest(tmp_path, *PARAMETERS)
+    index, whole = store.read_index(tmp_path), store.read_manifest(tmp_path)
+    brief = [
+        {key: run[key] for key in ("run_id", "frames", "parameters_hash", "site", "participant")}
+        for run in whole["runs"]
+    ]
+    assert index == whole | {"runs": brief}
+    assert store.read_index(tmp_path)["runs"] is index["runs"]  # read once
+    store.write_record(tmp_path, make_run("sub-2")[0] | {"site": "B"})
+    store.write_manifest(tmp_path, *PARAMETERS)
+    assert store.read_index(tmp_path)["runs"][1]["site"] == "B"
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(InputError, match="not a finished store"):
+        store.read_index(tmp_path)
+
+
+def test_a_file_of_an_array_is_opened_once(tmp_path):
+    store.write_run(tmp_path, *make_run())
+    opened, watching = [], True
+    sys.addaudithook(lambda event, args: watching and event == "open" and opened.append(str(args[0])))
+    store.read_clip(tmp_path, "sub-01", 3, 20)
+    store.read_moments(tmp_path, "sub-01")
+    watching = False
+    names = [name.rsplit("/", 1)[1] for name in opened if name.startswith(str(tmp_path))]
+    assert names == ["frames.npy", "moments.npy"]
 
 
 def test_mixed_parameters_and_other_formats_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from scripts.benchmarks.background import background
 from scripts.benchmarks.cases import QUICK, clip, scan_arguments, stages
 from scripts.benchmarks.floor import block_counts, clip_counts
 from scripts.benchmarks.gpu import gpu, working
+from scripts.benchmarks.many_runs import STEPS, reading, step
 from scripts.benchmarks.measure import (
     Measurement,
     ScanTimer,
@@ -233,3 +235,16 @@ def test_the_page_has_a_place_for_every_section():
     for name in SECTIONS:
         assert text.count(f"<!-- benchmarks {name} -->\n") == 1
     assert text.count("<!-- end -->") == len(SECTIONS)
+
+
+def test_every_step_with_many_runs_is_done(tmp_path: Path):
+    for name in ("simulate", *STEPS):
+        step(name, tmp_path, 60)
+    table = pd.read_csv(tmp_path / "store" / "summary.tsv", sep="\t")
+    assert table["status"].tolist() == ["current"] * 61  # none of the simulated runs, whose files are empty, was read
+
+
+def test_what_a_clip_opens_and_reads_is_counted(tmp_path: Path):
+    text = reading(tmp_path, quick=True)
+    assert "A clip opens 4 files (frames.npy, voxels.npy, run.json, moments.npy)" in text
+    assert len(cells(text)) == 2 + 6

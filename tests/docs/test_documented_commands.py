@@ -32,6 +32,7 @@ from scripts.__main__ import COMMANDS, main
 from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
 from scripts.benchmarks.gpu import gpu, profile
+from scripts.benchmarks.many_runs import many_runs
 from scripts.benchmarks.redundancy_effect import redundancy_effect
 from scripts.benchmarks.report import report
 from scripts.benchmarks.scaling import memory, scaling
@@ -56,6 +57,7 @@ BENCHMARKS = {
         augmentation,
         redundancy,
         redundancy_effect,
+        many_runs,
     )
 }
 TOOLS = (

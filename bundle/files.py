@@ -187,6 +187,11 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+def metadata() -> dict[str, Any]:
+    """What `configs/metadata.json` says of this bundle: name, version, intended use, ..."""
+    return json.loads((ROOT / "configs" / "metadata.json").read_text(encoding="utf-8"))
+
+
 def config_file(name: str) -> Path:
     """Path of a config of this bundle (`"pretrain"`, `"masks/equal"`) or of a JSON file elsewhere.
 

@@ -12,26 +12,22 @@ import fire
 
 from bundle.errors import InputError
 from scripts.commands import (
-    app,
     convert,
     dicom,
-    embed,
     export,
-    maps,
     overlay,
     paint,
     pictures,
     preflight,
     prepare,
     regions,
-    release,
-    results,
     splits,
     synthesize,
     where,
 )
 from scripts.demo import demo
 from scripts.experiments import downstream, dynamics, one_run, report, sweep, truth
+from scripts.serving import app, embed, maps, release, results
 
 fire.decorators.FIRE_METADATA = "_read_as"  # where Fire keeps parsers on a command: a name that --help does not list
 

@@ -1,27 +1,20 @@
 """The commands, each one call into `bundle`; `scripts.demo` strings them together."""
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
 from bundle.anatomy.atlas import AAL3, load_atlas, region_table
 from bundle.data.splits import count_table, make_splits, save_all_splits, save_splits
-from bundle.deploy.bids_app import LEVELS, run_participants, write_group
-from bundle.deploy.embed import embed as embed_store
 from bundle.deploy.export import export_run
-from bundle.deploy.maps import write_maps
 from bundle.deploy.published import convert_file
-from bundle.deploy.release import release as release_checkpoint
-from bundle.deploy.reports import FORMATS, write_results
 from bundle.dicom.convert import convert_folder
-from bundle.errors import InputError, unwrapped
+from bundle.errors import unwrapped
 from bundle.evaluation.figures import mask_overlay
 from bundle.experiments import painted
 from bundle.experiments.gallery import draw_all
@@ -332,134 +325,6 @@ def convert(published: str, checkpoint: str) -> None:
 def where() -> None:
     """Print the folder of this bundle, which holds configs/: the --bundle_root of runs from another folder."""
     print(ROOT)
-
-
-def release(checkpoint: str | Sequence[str], folder: str = "models") -> None:
-    """Write the network of a classifier's checkpoint as FOLDER/model.pt and what it was made with as model.json.
-
-    Beside them lies reference.pt: what its training subjects are like.
-
-    Args:
-        checkpoint: e.g. output/train/best.pt; or several of other seeds or folds, "['A/best.pt','B/best.pt']", which
-            become an ensemble.
-        folder: the bundle's folder of models.
-    """
-    release_checkpoint(checkpoint, folder)
-
-
-def embed(
-    store: str,
-    checkpoint: str,
-    out: str,
-    per: str = "subject",
-    regions: str | None = None,
-    stage: int | None = None,
-    atlas: str = AAL3,
-) -> None:
-    """Write the encoder's mean token of each subject or run, or of each region there, as Parquet.
-
-    Args:
-        store: the prepared store.
-        checkpoint: best.pt of a pretraining or training, or models/model.pt.
-        out: .parquet to write; pandas.read_parquet(OUT).attrs says what it was made with.
-        per: a row per "subject" or per "run".
-        regions: "group" or "label": a row per region or per label of the atlas within each.
-        stage: of the encoder, 0 to 4; by default the last, of regions the first.
-        atlas: as for `regions`.
-    """
-    embed_store(store, checkpoint, out, per, regions, stage, atlas)
-
-
-def maps(
-    store: str,
-    checkpoint: str,
-    folder: str,
-    level: str = "group",
-    baseline: str = "temporal_mean",
-    steps: int = 16,
-    atlas: str = AAL3,
-) -> None:
-    """Write a NIfTI map per subject in MNI space: what a classifier uses, or how well a pretrained network rebuilds.
-
-    Args:
-        store: the prepared store; labels are not needed.
-        checkpoint: best.pt of a pretraining or training, or models/model.pt.
-        folder: where the maps go, with maps.csv and maps.json.
-        level: take out, or hide, one "group" of the atlas or one "label" at a time.
-        baseline: what takes its place in a classifier's clips: "temporal_mean" or "cohort_mean".
-        steps: of integrated gradients, where the classifier has gradients.
-        atlas: as for `regions`.
-    """
-    write_maps(store, checkpoint, folder, level, baseline, steps, atlas)
-
-
-def app(
-    bids_dir: str,
-    out_dir: str,
-    level: str,
-    *labels: str,
-    participant_label: str | None = None,
-    model: str | None = None,
-    work_dir: str | None = None,
-    atlas: str = AAL3,
-    **entries: str,
-) -> None:
-    """BIDS App: score the participants of fMRIPrep-like derivatives, into a BIDS derivative with a page for each.
-
-    A participant who cannot be scored never stops the others: the page and phenotype/ say why, and the exit status is
-    then not 0. Called again, it goes on where it ended; who is scored with the same files and settings is left as is.
-
-    Args:
-        bids_dir: derivatives as fMRIPrep writes them, with runs in MNI space.
-        out_dir: folder of the BIDS derivative.
-        level: "participant" scores; "group" writes one table and one page of all.
-        labels: further labels after --participant_label.
-        participant_label: labels with blanks or commas between, with "sub-" or without; by default all.
-        model: models/model.pt of `release`, or a classifier's checkpoint.
-        work_dir: folder for what is needed only to go on; by default OUT_DIR-work.
-        atlas: as for `regions`, where the model was trained with another than AAL3.
-        entries: any other option is an entry of configs/inference.json.
-    """
-    if level not in LEVELS:
-        raise InputError(f"the level must be participant or group, not {level!r}")
-    if labels and participant_label is None:
-        raise InputError(f"{labels[0]!r} is one word too many; labels come after --participant_label")
-    wanted = [label for text in (participant_label or "", *labels) for label in re.split(r"[\s,]+", text) if label]
-    if level == "group":
-        if entries:
-            raise InputError(f"--{min(entries)}: the level group scores nobody, so it has no such option")
-        write_group(bids_dir, out_dir, wanted)
-        return
-    if model is None:
-        raise InputError("the level participant needs --model, e.g. models/model.pt")
-    options = {name: DefaultParseValue(value) for name, value in entries.items()}
-    run_participants(bids_dir, out_dir, model, wanted, work_dir, atlas, options)
-
-
-def results(
-    predictions: str,
-    out: str,
-    series: str | None = None,
-    format: str | tuple = tuple(FORMATS),
-    salt: str | None = None,
-    made: str | None = None,
-) -> None:
-    """Write predictions as preliminary reports: DICOM SR, a page as PDF in DICOM, and FHIR R4B.
-
-    A score that is flagged or refused as unlike the training subjects is not in them; they say so instead. Who cannot
-    be reported never stops the others, and the exit status is then not 0.
-
-    Args:
-        predictions: output folder of inference or of `app`.
-        out: folder of the reports.
-        series: DICOM folder that was given to `dicom`; only participants of its series are reported. Without it: FHIR
-            alone, of everybody.
-        format: sr, pdf or fhir, or several with commas between; by default all.
-        salt: as for `dicom`, where it was given.
-        made: when the predictions were made, e.g. 2026-01-31T14:30:00+01:00; by default SR and PDF have the date and
-            time of the series, and FHIR none.
-    """
-    write_results(predictions, out, [format] if isinstance(format, str) else list(format), series, salt, made)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -9,7 +9,8 @@ import pandas as pd
 from bundle.errors import InputError
 from bundle.experiments.demo_report import write_demo_report
 from bundle.process import run_config
-from scripts.commands import prepare, release, splits, synthesize
+from scripts.commands import prepare, splits, synthesize
+from scripts.serving import release
 
 logger = logging.getLogger(__name__)
 

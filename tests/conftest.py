@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 from ignite.utils import manual_seed
-from small_runs import coarse_brain, coarse_signal, save_bold, save_mask
+from small_runs import coarse_signal, save_derivatives
 
 from bundle.data.splits import make_splits, save_splits
 from bundle.networks import compiled
@@ -57,9 +57,7 @@ def derivatives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = ["participant_id\tsite\tdiagnosis"]
     for i in range(12):
         name = f"sub-{i:02d}"
-        stem = folder / name / "func" / f"{name}_task-rest_space-MNI152NLin2009cAsym_desc"
-        save_bold(Path(f"{stem}-preproc_bold.nii.gz"), coarse_signal(seed=i))
-        save_mask(Path(f"{stem}-brain_mask.nii.gz"), coarse_brain())
+        save_derivatives(folder, name, coarse_signal(seed=i))
         rows.append(f"{name}\t{'north' if i < 6 else 'south'}\t{'adhd' if i % 2 else 'control'}")
     (folder / "participants.tsv").write_text("\n".join(rows) + "\n")
     return folder

@@ -29,7 +29,7 @@ from bundle.deploy.app_pages import write_group_page, write_participant_page
 from bundle.deploy.inference import REFUSED
 from bundle.deploy.release import ReleasedModel, release
 from bundle.errors import InputError, unwrapped
-from bundle.files import ROOT, WriteError, config_file, write_json, write_text
+from bundle.files import ROOT, WriteError, config_file, metadata, write_json, write_text
 from bundle.preparation.pictures import stored_picture
 from bundle.preparation.prepare import identify_runs
 from bundle.preparation.sources.bids import files_by_participant, runs_of
@@ -83,7 +83,7 @@ class App:
     @property
     def made_with(self) -> dict[str, Any]:
         """What shapes every prediction, JSON: differing ones cannot stand in one table."""
-        facts = {"model": self.model.record["sha256"], "version": _metadata()["version"], "config": self.entries}
+        facts = {"model": self.model.record["sha256"], "version": metadata()["version"], "config": self.entries}
         return json.loads(json.dumps(facts))
 
 
@@ -179,15 +179,11 @@ def _refuse_unscored(bad: Mapping[str, tuple[str, str]], count: int) -> None:
         )
 
 
-def _metadata() -> dict[str, Any]:
-    return json.loads((ROOT / "configs" / "metadata.json").read_text())
-
-
 def _description() -> dict[str, Any]:
-    metadata = _metadata()
-    made = {"Name": metadata["name"], "Version": metadata["version"], "Description": "python -m scripts app"}
+    about = metadata()
+    made = {"Name": about["name"], "Version": about["version"], "Description": "python -m scripts app"}
     return {
-        "Name": f"Predictions of {metadata['name']}",
+        "Name": f"Predictions of {about['name']}",
         "BIDSVersion": "1.10.0",
         "DatasetType": "derivative",
         "GeneratedBy": [made],
@@ -209,7 +205,7 @@ def _describe_dataset(app: App) -> None:
     description["GeneratedBy"][0]["Description"] += f", model sha256 {app.model.record['sha256']}"
     write_json(app.out_dir / "dataset_description.json", description)
     write_text(app.out_dir / ".bidsignore", "*.html\n")
-    write_text(app.out_dir / "README.md", _README.format(**_metadata()))
+    write_text(app.out_dir / "README.md", _README.format(**metadata()))
 
 
 def _participant(app: App, name: str, paths: Sequence[Path]) -> tuple[str, str]:
@@ -296,7 +292,7 @@ def _write_results(app: App, name: str, runs: Sequence[Run], status: str, reason
     """Write a participant's page and table from what the engine has left in the participant's own folder."""
     own = app.work_dir / name
     row: dict[str, str] = {"participant_id": name, "status": status}
-    about: dict[str, Any] = {"columns": {}, "intended_use": _metadata()["intended_use"], "warnings": {}, "versions": {}}
+    about: dict[str, Any] = {"columns": {}, "intended_use": metadata()["intended_use"], "warnings": {}, "versions": {}}
     if status != FAILED:
         (found,) = pd.read_csv(own / "predictions.tsv", sep="\t", dtype=str, keep_default_na=False).to_dict("records")
         row |= {str(column): value or "n/a" for column, value in found.items() if column != "participant_id"}

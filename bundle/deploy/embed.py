@@ -24,7 +24,7 @@ from bundle.deploy.release import ReleasedModel
 from bundle.errors import InputError
 from bundle.files import file_sha256, versions, written_whole
 from bundle.heads.pooling import label_members, pool, token_shares
-from bundle.networks.precision import PrecisionInferer
+from bundle.networks.precision import PrecisionInferer, best_device
 from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.preparation.store import read_manifest
 from bundle.training.checkpoints import encoder_weights, load_checkpoint, saved_facts
@@ -155,7 +155,7 @@ def _rows(
     reduce: Callable[[Tensor], Tensor],
 ) -> list[tuple[str, str, np.ndarray]]:
     """Participant, run and means (clips, n, c) of each run."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     encoder.to(device)
     inferer = PrecisionInferer(facts.get("config", {}).get("precision", "float32"))
     scatter = ScatterClipd(Normalisation(**facts["normalisation"]), device)

@@ -1,6 +1,5 @@
 """Inference on new NIfTI files: prepare them, score their clips, average per participant, report."""
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from bundle.data.clips import Clips, clips, clips_of
 from bundle.deploy.release import Member, ReleasedModel
 from bundle.errors import InputError
 from bundle.evaluation.reference import findings, hashes_of, percentile_of, seen_by
-from bundle.files import ROOT, versions, write_json, write_text
+from bundle.files import metadata, versions, write_json, write_text
 from bundle.preparation.acquisition import acquisition
 from bundle.preparation.chain import Preparation
 from bundle.preparation.prepare import prepare, refuse_failed_rows
@@ -189,10 +188,10 @@ class Predictions:
         reasons = {row["participant_id"]: row["reasons"] for row in table.to_dict("records") if row["flag"] != "like"}
         known = {row["participant_id"]: row["known"] for row in table.to_dict("records") if row["known"]}
         path = self.output_dir / "predictions.tsv"
-        metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
+        bundle = metadata()
         about = {
             "columns": {name: (COLUMNS | said)[name] for name in table},
-            "intended_use": metadata["intended_use"],
+            "intended_use": bundle["intended_use"],
             "refused_runs": {row["run_id"]: row["reason"] for row in rows if row["status"] in REFUSED},
             "refused_participants": {name: reasons[name] for name in table.loc[refused, "participant_id"]},
             "unlike_participants": reasons,
@@ -201,7 +200,7 @@ class Predictions:
             "refuse_unlike": self.refuse_unlike,
             "warnings": warnings,
             "model": self.model,
-            "versions": {metadata["name"]: metadata["version"]} | versions(PACKAGES),
+            "versions": {bundle["name"]: bundle["version"]} | versions(PACKAGES),
         }
         write_text(path, table.to_csv(sep="\t", index=False))
         write_json(path.with_suffix(".json"), about)
@@ -260,7 +259,7 @@ class Predictions:
             sets = [
                 where
                 for where in ("training", "validation")
-                if any(hashes & set(member.reference["hashes"][where]) for member in self.members)
+                if not all(hashes.isdisjoint(member.reference["hashes"][where]) for member in self.members)
             ]
             found.append(
                 {

@@ -23,7 +23,7 @@ from bundle.evaluation.reconstruction import clip_sums, subject_sums
 from bundle.files import file_sha256, slug, versions, write_json, write_text, written_whole
 from bundle.heads.pooling import LEVELS
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
-from bundle.networks.precision import PrecisionInferer
+from bundle.networks.precision import PrecisionInferer, best_device
 from bundle.preparation.store import read_manifest
 from bundle.training.checkpoints import load_checkpoint, saved_facts
 from bundle.training.provenance import Provenance
@@ -42,7 +42,7 @@ def _temporal_r2(
     kept = {name: made[name] for name in ("mask_token", "hide", "skip_background") if name in made}
     network = MaskedAutoencoder(**facts["network"], **kept)
     network.load_state_dict(load_checkpoint(checkpoint)["network"], strict=True)
-    device = _device()
+    device = best_device()
     network.to(device).eval()
     read = Compose(_transforms(facts, store, network.encoder.frames, device))
     names = list(parcels_of(atlas, "label"))
@@ -68,7 +68,7 @@ def _attribution(
     entries = model.entries(str(atlas))
     network = ConfigParser({"network_def": entries["network_def"]}).get_parsed_content("network_def")
     model.load_into(network)
-    device, frames = _device(), entries["frames"]
+    device, frames = best_device(), entries["frames"]
     items = clips(runs, frames, entries["clip_stride"], whole_runs=entries["whole_runs"])
     transforms = _transforms(model.record, store, frames, device)
     found = attributed(
@@ -76,10 +76,6 @@ def _attribution(
         steps=steps, baseline=baseline, atlas=atlas,
     )  # fmt: skip
     return found.loc[found["level"] == level, ["participant_id", "name", "method", "level", "value"]]
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _transforms(facts: dict[str, Any], store: str | Path, frames: int, device: torch.device) -> list[Any]:

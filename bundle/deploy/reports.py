@@ -86,12 +86,10 @@ def _require_tools(formats: Sequence[str]) -> None:
             import highdicom  # noqa: F401
         if "fhir" in formats:
             import fhir.resources  # noqa: F401
-    except ImportError:
-        missing = True
-    else:
-        missing = False
-    if missing:
-        raise InputError("reports need highdicom and fhir.resources; install them: pip install -e '.[results]'")
+    except ImportError as error:
+        raise InputError(
+            "reports need highdicom and fhir.resources; install them: pip install -e '.[results]'"
+        ) from error
 
 
 def _time(text: str) -> datetime:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from bundle.deploy.inference import LIMITS, REFUSED
 from bundle.errors import InputError
-from bundle.files import ROOT
+from bundle.files import metadata
 from bundle.tasks.kinds import task_from
 
 NOT_APPLICABLE, ERROR = "not-applicable", "error"
@@ -141,7 +141,7 @@ def _result(
     if lost := len(own) - len(used):
         remarks.append(f"{lost} of {len(own)} runs could not be used.")
     remarks += sorted({f"{said[:1].upper()}{said[1:]}." for run, said in facts["warnings"].items() if run in used})
-    metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
+    bundle = metadata()
     return Result(
         participant=name,
         column=task.column,
@@ -151,7 +151,7 @@ def _result(
         absent=absent,
         remarks=tuple(remarks),
         intended_use=facts["intended_use"],
-        software=(metadata["name"], facts["versions"].get(metadata["name"], metadata["version"])),
+        software=(bundle["name"], facts["versions"].get(bundle["name"], bundle["version"])),
         sha256=tuple(one["sha256"] for one in model["members"]),
         runs=used or tuple(run["run_id"] for run in own),
         pictures={run_id: pictures[run_id] for run_id in used if run_id in pictures},

@@ -145,6 +145,14 @@ def _explained(residual: NDArray, total: NDArray, axis: int) -> NDArray:
     return 1 - _ratio(residual, total, axis)
 
 
+def regions_rebuilt(path: str | Path) -> pd.DataFrame:
+    """Of a `reconstruction.csv`, `region` (with "all"), `temporal_r2`, `low` and `high`; labels are left out."""
+    table = pd.read_csv(path)
+    table = table[(table["measure"] == "temporal_r2") & (table["level"] != "label")]
+    names = {"name": "region", "value": "temporal_r2"}
+    return table.rename(columns=names)[[*names.values(), "low", "high"]]
+
+
 @torch.no_grad()
 def evaluate_reconstruction(
     network: nn.Module,

@@ -26,11 +26,10 @@ import pandas as pd
 from bundle.data.targets import target_of
 from bundle.errors import InputError
 from bundle.experiments.baselines import BASELINES
-from bundle.experiments.painted import paint
 from bundle.experiments.statistics import finished_trials, pooled_scores, read_outcomes
 from bundle.experiments.sweep import SITE, Sweep, plan_trials, read_sweep, refuse_shared_files, run_sweep
 from bundle.experiments.trial import pretraining_options
-from bundle.experiments.truth import prepared, prepared_cohort
+from bundle.experiments.truth import painted_cohort, prepared_cohort
 from bundle.files import slug, write_json, write_text
 from bundle.pages import measure_name, number
 from bundle.preparation.store import read_manifest
@@ -102,7 +101,7 @@ def _tasks_of(plan: Plan, cohort: str) -> list[str]:
 def _store(folder: Path, made: Mapping[str, Any]) -> Path:
     """A cohort's store; what is there is checked, and left as it is."""
     if "painted" in made:
-        return prepared(paint(folder=folder / "derivatives", **made["painted"]), folder / "store")
+        return painted_cohort(folder, **made["painted"])
     return prepared_cohort(folder, **made)
 
 

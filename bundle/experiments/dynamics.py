@@ -25,12 +25,12 @@ import torch
 from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.data.splits import make_splits, save_splits
 from bundle.errors import InputError
+from bundle.evaluation.reconstruction import regions_rebuilt
 from bundle.experiments.auroc import PAINTED, differences, summarise
 from bundle.experiments.frozen import CONNECTIVITY, Design, connectivity_rows, encoder_rows
-from bundle.experiments.painted import paint
 from bundle.experiments.synthetic import EFFECTS
 from bundle.experiments.trial import Strategy
-from bundle.experiments.truth import prepared, prepared_cohort
+from bundle.experiments.truth import painted_cohort, prepared_cohort
 from bundle.files import file_sha256, slug, write_text
 from bundle.heads.combat import COMBAT
 from bundle.preparation.store import read_manifest
@@ -133,12 +133,7 @@ def rebuilt(plan: Plan) -> pd.DataFrame:
     wanted = _pretrained(plan)
     files = [(name, _checkpoint(plan, name).parent / REBUILT) for name in wanted]
     files += [("ridge regression", _checkpoint(plan, name).parent / RIDGE) for name in wanted[:1]]
-    found = []
-    for name, path in files:
-        table = pd.read_csv(path)
-        table = table[(table["measure"] == "temporal_r2") & (table["level"] != "label")]
-        table = table.rename(columns={"name": "region", "value": "temporal_r2"})
-        found.append(table[["region", "temporal_r2", "low", "high"]].assign(encoder=name))
+    found = [regions_rebuilt(path).assign(encoder=name) for name, path in files]
     columns = ["encoder", "region", "temporal_r2", "low", "high"]
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
@@ -234,7 +229,7 @@ def _store(plan: Plan, folder: Path, cohort: str, seed: int) -> Path:
         return prepared_cohort(folder, plan.subjects, cohort, plan.effect, seed, plan.duration_s)
     if plan.painted is None:
         raise InputError("the plan has no `painted`: the arguments of `python -m scripts paint`")
-    return prepared(paint(folder=folder / "derivatives", seed=seed, **plan.painted), folder / "store")
+    return painted_cohort(folder, seed=seed, **plan.painted)
 
 
 def write_tables(plan: Plan, rows: pd.DataFrame, resamples: int = 2000) -> tuple[pd.DataFrame, pd.DataFrame]:

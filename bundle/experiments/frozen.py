@@ -32,6 +32,7 @@ from bundle.heads.combat import Combat, kept_of, parted
 from bundle.heads.connectivity import KINDS, ConnectivityModel, inner_folds
 from bundle.heads.covariance import CovarianceReadout
 from bundle.heads.pooling import pool
+from bundle.networks.precision import best_device
 from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.preparation import store
 from bundle.tasks.binary import Binary
@@ -219,11 +220,8 @@ def load_frozen(settings: Mapping[str, Any], seed: int) -> tuple[SwinMambaEncode
         normalisation = facts["normalisation"]
     else:
         torch.manual_seed(seed)
-        encoder, normalisation = (
-            SwinMambaEncoder(**settings["size"]).requires_grad_(False).eval(),
-            settings["normalisation"],
-        )
-    return encoder.to("cuda" if torch.cuda.is_available() else "cpu"), Normalisation(**normalisation)
+        encoder, normalisation = SwinMambaEncoder(**settings["size"]), settings["normalisation"]
+    return encoder.requires_grad_(False).eval().to(best_device()), Normalisation(**normalisation)
 
 
 @torch.no_grad()

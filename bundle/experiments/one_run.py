@@ -16,6 +16,7 @@ from nibabel import Nifti1Image, save
 
 from bundle.data.splits import SETS, save_splits, splits_of
 from bundle.errors import InputError
+from bundle.evaluation.reconstruction import regions_rebuilt
 from bundle.experiments.trial import Strategy
 from bundle.experiments.truth import prepared
 from bundle.experiments.volumes import SPACE, in_mni, write_description
@@ -65,10 +66,8 @@ def one_run(
         run_config("run", [*configs, "reconstruct"], given)
         run_config("run", ["pretrain", "reconstruct", "ridge"], given)
         for model, place in (("network", "reconstruction"), ("ridge", "ridge")):
-            table = pd.read_csv(out / place / "reconstruction.csv")
-            table = table[(table["measure"] == "temporal_r2") & (table["level"] != "label")]
-            names = {"name": "region", "value": "temporal_r2"}
-            found.append(table.rename(columns=names)[[*names.values()]].assign(normalisation=mode, model=model))
+            table = regions_rebuilt(out / place / "reconstruction.csv")
+            found.append(table.assign(normalisation=mode, model=model))
     result = pd.concat(found, ignore_index=True)[["normalisation", "model", "region", "temporal_r2"]]
     write_text(folder / "one_run.csv", result.to_csv(index=False, float_format="%.4f"))
     return result

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from bundle.errors import InputError
+from bundle.experiments.painted import paint
 from bundle.experiments.statistics import pooled_scores, read_outcomes
 from bundle.experiments.sweep import Sweep, run_sweep
 from bundle.experiments.synthetic import EFFECTS, make_cohort
@@ -23,6 +25,11 @@ def prepared_cohort(
     effect_on, size = ("coupling", 0.0) if planted == "nothing" else (planted, effect)
     source = make_cohort(folder / "derivatives", subjects, size, seed, duration_s=duration_s, effect_on=effect_on)
     return prepared(source, folder / "store")
+
+
+def painted_cohort(folder: Path, **painted: Any) -> Path:
+    """Paint real time courses in a folder by the other arguments of `paint`, prepare them, and return the store."""
+    return prepared(paint(folder=folder / "derivatives", **painted), folder / "store")
 
 
 def prepared(source: Path, store: Path, labels: Labels = "required") -> Path:

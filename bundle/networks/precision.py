@@ -12,6 +12,11 @@ from bundle.errors import InputError
 PRECISIONS = ("float32", "bf16")
 
 
+def best_device() -> torch.device:
+    """CUDA where there is one, as the configs' `device`."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """Context in which a network computes: "bf16" (mixed, weights stay float32) or "float32" throughout."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from small_runs import COARSE_SHAPE, coarse_brain, save_bold, save_mask
+from small_runs import COARSE_SHAPE, coarse_brain, save_bold, save_derivatives, save_mask
 from tiny_configs import run, sentence
 
 from bundle.data.splits import save_splits, splits_of
@@ -39,11 +39,9 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("people")
     rows = ["participant_id\tsite\tdiagnosis"]
     for number, name in enumerate(NAMES):
-        stem = folder / name / "func" / f"{name}_task-rest_space-MNI152NLin2009cAsym_desc"
-        save_bold(Path(f"{stem}-preproc_bold.nii.gz"), scan(number))
-        save_mask(Path(f"{stem}-brain_mask.nii.gz"), coarse_brain())
+        func = save_derivatives(folder, name, scan(number))
         fd = np.random.default_rng(number).lognormal(-2, 0.3, 30)
-        table = folder / name / "func" / f"{name}_task-rest_desc-confounds_timeseries.tsv"
+        table = func / f"{name}_task-rest_desc-confounds_timeseries.tsv"
         table.write_text("framewise_displacement\n" + "\n".join(f"{value:.4f}" for value in fd) + "\n")
         rows.append(f"{name}\tnorth\t{'adhd' if number % 2 else 'control'}")
     (folder / "participants.tsv").write_text("\n".join(rows) + "\n")

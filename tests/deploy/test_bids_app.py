@@ -21,7 +21,7 @@ from bundle.deploy.results import read_results
 from bundle.deploy.results_page import pdf
 from bundle.errors import InputError
 from bundle.files import file_sha256, write_json
-from scripts import commands
+from scripts import serving
 from scripts.__main__ import main
 
 READOUT = {"network_def#components": [1]}  # the tiny network has four channels
@@ -314,7 +314,7 @@ def test_a_record_that_would_run_code_or_has_another_atlas_is_refused(
 )
 def test_labels_are_text_with_blanks_or_commas_between(monkeypatch: pytest.MonkeyPatch, words: list, labels: list):
     given: list = []
-    monkeypatch.setattr(commands, "run_participants", lambda *values: given.append(values))
+    monkeypatch.setattr(serving, "run_participants", lambda *values: given.append(values))
     monkeypatch.setattr(sys, "argv", ["scripts", "app", "in", "out", "participant", *words, "--batch_size", "4"])
     main()
     assert given == [("in", "out", "m.pt", labels, None, "AAL3", {"batch_size": 4})]

@@ -62,6 +62,15 @@ def save_mask(path: Path, mask: np.ndarray, affine: np.ndarray = COARSE_AFFINE) 
     return save_bold(path, mask.astype(np.uint8), affine)
 
 
+def save_derivatives(folder: Path, name: str, data: np.ndarray) -> Path:
+    """Write a participant's run and brain mask as fMRIPrep names them; returns func/."""
+    func = folder / name / "func"
+    stem = f"{name}_task-rest_space-MNI152NLin2009cAsym_desc"
+    save_bold(func / f"{stem}-preproc_bold.nii.gz", data)
+    save_mask(func / f"{stem}-brain_mask.nii.gz", coarse_brain())
+    return func
+
+
 def run_of(path: Path, run_id: str = "sub-01", **changes: Any) -> dict[str, Any]:
     """A run as `bundle.preparation.sources` lists it."""
     run = {

@@ -16,7 +16,7 @@ from bundle.data.splits import load_splits
 from bundle.data.targets import read_target
 from bundle.errors import InputError
 from bundle.evaluation.subjects import write_test_scores
-from bundle.experiments import downstream, trial
+from bundle.experiments import downstream, trial, truth
 from bundle.experiments.downstream import TABLE, read_plan, run_plan, write_tables
 from bundle.files import ROOT
 from bundle.tasks.kinds import task_of
@@ -102,8 +102,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory):
             return made
 
         patch.setattr(downstream, "prepared_cohort", cohort)
-        patch.setattr(downstream, "prepared", painted)
-        patch.setattr(downstream, "paint", lambda folder, series: folder)
+        patch.setattr(truth, "prepared", painted)
+        patch.setattr(truth, "paint", lambda folder, series: folder)
         (folder / "plan.json").write_text(json.dumps(PLAN | {"results": str(folder / "out")}))
         plan = read_plan(folder / "plan.json")
         STARTED.clear()

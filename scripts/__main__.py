@@ -27,7 +27,7 @@ from scripts.commands import (
 )
 from scripts.demo import demo
 from scripts.experiments import downstream, dynamics, one_run, report, sweep, truth
-from scripts.serving import app, embed, maps, release, results
+from scripts.serving import app, audit, embed, maps, release, results
 
 fire.decorators.FIRE_METADATA = "_read_as"  # where Fire keeps parsers on a command: a name that --help does not list
 
@@ -47,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "release": release,
     "app": app,
+    "audit": audit,
     "results": results,
     "sweep": sweep,
     "report": report,

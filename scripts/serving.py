@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fire.parser import DefaultParseValue
 
 from bundle.anatomy.atlas import AAL3
+from bundle.deploy.audit import check_log
 from bundle.deploy.bids_app import LEVELS, run_participants, write_group
 from bundle.deploy.embed import embed as embed_store
 from bundle.deploy.maps import write_maps
@@ -114,6 +115,16 @@ def app(
         raise InputError("the level participant needs --model, e.g. models/model.pt")
     options = {name: DefaultParseValue(value) for name, value in entries.items()}
     run_participants(bids_dir, out_dir, model, wanted, work_dir, atlas, options)
+
+
+def audit(log: str) -> None:
+    """Check that an audit log is as it was written, and print how many lines it has and the hash of the last.
+
+    Args:
+        log: OUT_DIR/audit.jsonl of `app`.
+    """
+    lines, last = check_log(log)
+    print(f"{lines} lines, each follows the one before it; sha256 of the last: {last}")
 
 
 def results(

@@ -7,9 +7,11 @@ it is, whatever its columns are:
     OUT/phenotype/<participant>_prediction.tsv, .json   the row and what it means, from the level "participant"
     OUT/<participant>.html                              the page, likewise
     OUT/phenotype/prediction.tsv, .json, OUT/group.html all participants, from the level "group"
+    OUT/audit.jsonl                                     what was tried when, by hashes; see `bundle.deploy.audit`
 
 BIDS has no place for a table of predictions of one participant but `phenotype/`, where measurements of participants lie
-(BIDS 1.10, "Phenotypic and assessment data"). Pages it does not know; `.bidsignore` names them, and nothing else.
+(BIDS 1.10, "Phenotypic and assessment data"). Pages and the audit log it does not know; `.bidsignore` names them, and
+nothing else.
 """
 
 import json
@@ -18,6 +20,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,11 @@ from monai.bundle import ConfigParser
 
 from bundle.anatomy.atlas import AAL3
 from bundle.deploy.app_pages import write_group_page, write_participant_page
+from bundle.deploy.audit import append_line
 from bundle.deploy.inference import REFUSED
 from bundle.deploy.release import ReleasedModel, release
 from bundle.errors import InputError, unwrapped
-from bundle.files import ROOT, WriteError, config_file, metadata, write_json, write_text
+from bundle.files import ROOT, WriteError, config_file, file_sha256, metadata, write_json, write_text
 from bundle.preparation.pictures import stored_picture
 from bundle.preparation.prepare import identify_runs
 from bundle.preparation.sources.bids import files_by_participant, runs_of
@@ -49,6 +53,7 @@ STATUS = {
 }
 SOURCE = "preprocessed"
 """Name of the input in BIDS URIs, see `DatasetLinks` in dataset_description.json."""
+AUDIT = "audit.jsonl"
 _OWN = ("bundle_root", "dataset_dir", "output_dir", "checkpoint", "run", "initialize", "imports")
 _README = """# Predictions of {name}
 
@@ -57,6 +62,7 @@ Made by `python -m scripts app` of {name} {version}. {intended_use}
 - `phenotype/prediction.tsv`: a row per participant (level "group"); `.json` beside it says what the columns are.
 - `phenotype/sub-*_prediction.tsv`, `.json`: one participant's row, and what it was made with and from.
 - `sub-*.html`, `group.html`: pages to look at. Each is one file and loads nothing.
+- `audit.jsonl`: a line per participant and attempt, with hashes and without names.
 """
 
 
@@ -204,7 +210,7 @@ def _describe_dataset(app: App) -> None:
     description = _description() | {"SourceDatasets": [source], "DatasetLinks": {SOURCE: link}}
     description["GeneratedBy"][0]["Description"] += f", model sha256 {app.model.record['sha256']}"
     write_json(app.out_dir / "dataset_description.json", description)
-    write_text(app.out_dir / ".bidsignore", "*.html\n")
+    write_text(app.out_dir / ".bidsignore", f"*.html\n{AUDIT}\n")
     write_text(app.out_dir / "README.md", _README.format(**metadata()))
 
 
@@ -316,7 +322,25 @@ def _write_results(app: App, name: str, runs: Sequence[Run], status: str, reason
     pictures = {run_id: stored_picture(own / "store", app.atlas, run_id) for run_id in used}
     write_participant_page(page, row, meanings, facts, pictures)
     write_json(sidecar, _column_facts(row, meanings) | {"MeasurementToolMetadata": _tool(app)} | facts)
-    write_text(table, pd.DataFrame([row]).to_csv(sep="\t", index=False))
+    text = pd.DataFrame([row]).to_csv(sep="\t", index=False)
+    append_line(app.out_dir / AUDIT, _hashes(app, runs, row, text))  # first: no result is without its line
+    write_text(table, text)
+
+
+def _hashes(app: App, runs: Sequence[Run], row: Mapping[str, str], text: str) -> dict[str, Any]:
+    """What the audit log says of a result: `text` is the participant's table, `row` what stands in it."""
+    files = [run[key] for run in runs for key in ("bold", "mask", "confounds") if run[key]]
+    made = app.made_with
+    config = json.dumps(made["config"], sort_keys=True).encode()
+    return {
+        "software": f"{metadata()['name']} {made['version']}",
+        "model": made["model"],
+        "config": sha256(config).hexdigest(),
+        "inputs": [file_sha256(path) if os.access(path, os.R_OK) else None for path in files],
+        "status": row["status"],
+        "flag": row.get("flag"),
+        "output": sha256(text.encode()).hexdigest(),
+    }
 
 
 def _column_facts(columns: Sequence[str] | Mapping[str, Any], meanings: Mapping[str, str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The BIDS App. Not covered: what the engine computes (test_configs.py), and how pages look."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,15 @@ from small_runs import coarse_signal, save_bold
 from tiny_configs import run
 
 from bundle.deploy import bids_app
-from bundle.deploy.bids_app import run_participants, write_group
+from bundle.deploy.audit import check_log
+from bundle.deploy.bids_app import AUDIT, run_participants, write_group
 from bundle.deploy.inference import Predictions
 from bundle.deploy.release import ReleasedModel, release
 from bundle.deploy.reports import write_results
 from bundle.deploy.results import read_results
 from bundle.deploy.results_page import pdf
 from bundle.errors import InputError
-from bundle.files import file_sha256, write_json
+from bundle.files import ROOT, file_sha256, write_json
 from scripts import serving
 from scripts.__main__ import main
 
@@ -128,6 +130,61 @@ def test_what_may_be_reported_of_everybody(out: Path, tmp_path: Path):
     assert len(list(tmp_path.glob("sub-*_fhir.json"))) == 5
 
 
+def test_every_attempt_is_in_the_audit_log_by_hashes_and_without_names(out: Path, scans: Path, model: Path):
+    lines = [json.loads(line) for line in (out / AUDIT).read_text().splitlines()]
+    assert check_log(out / AUDIT)[0] == len(lines) == 5
+    tables = [
+        out / "phenotype" / f"{name}_prediction.tsv" for name in sorted(path.name for path in scans.glob("sub-*"))
+    ]
+    assert [line["output"] for line in lines] == [file_sha256(path) for path in tables]
+    assert [line["status"] for line in lines] == ["scored", "scored", "incomplete", "failed", "failed"]
+    assert {line["model"] for line in lines} == {file_sha256(model)}
+    assert file_sha256(next((scans / "sub-00").rglob("*_bold.nii.gz"))) in lines[0]["inputs"]
+    assert [len(line["inputs"]) for line in lines] == [2, 2, 3, 2, 0]
+    assert "sub-" not in (out / AUDIT).read_text()
+
+
+def test_the_same_input_twice_gives_the_same_bytes(out: Path, scans: Path, model: Path):
+    again = out.with_name("again")
+    run_participants(scans, again, model, ["00", "01"])
+    written = sorted(path for path in again.rglob("*") if path.is_file() and path.name != AUDIT)  # which holds the time
+    assert {path.suffix for path in written} >= {".tsv", ".json", ".html"}
+    for path in written:
+        assert path.read_bytes() == (out / path.relative_to(again)).read_bytes(), path
+
+
+def test_it_needs_no_network_no_root_no_home_and_writes_only_where_it_was_told(
+    scans: Path, model: Path, tmp_path: Path
+):
+    """As in a container that is started with --network none --read-only."""
+    alone = ["unshare", "--user", "--map-user=1000", "--net"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody have a network of their own (unshare --user --net)")
+    code = tmp_path / "code"
+    for name in ("bundle", "configs", "scripts"):
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    places = [code, *code.rglob("*")]
+    for path in places:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    (tmp_path / "tmp").mkdir()
+    given = [scans, tmp_path / "out", "participant", "--participant_label", "00", "--model", model]
+    told = {"HOME": "/nonexistent", "TMPDIR": str(tmp_path / "tmp"), "MPLCONFIGDIR": str(tmp_path / "tmp")}
+    reach = "import socket; socket.create_connection(('127.0.0.1', 9), 1)"
+    offline = subprocess.run([*alone, sys.executable, "-c", reach], capture_output=True, text=True)
+    written = subprocess.run([*alone, "touch", code / "here"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*alone, sys.executable, "-B", "-m", "scripts", "app", *map(str, given), "--work_dir", str(tmp_path / "work")],
+        cwd=code, env={"PATH": os.environ["PATH"], **told}, capture_output=True, text=True,
+    )  # fmt: skip
+    for path in places:
+        path.chmod(0o755)
+    assert "Network is unreachable" in offline.stderr
+    assert "Permission denied" in written.stderr
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "phenotype" / "sub-00_prediction.tsv").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["code", "out", "tmp", "work"]
+
+
 def test_the_output_is_valid_bids(out: Path, tmp_path: Path):
     """By the validator of BIDS, which runs offline."""
     program = Path(sys.executable).parent / "bids-validator-deno"
@@ -149,7 +206,7 @@ def test_the_description_says_what_made_it_and_of_what(out: Path, scans: Path):
     (source,) = json.loads((out / "phenotype" / "sub-00_prediction.json").read_text())["Sources"]
     _, link, path = source.split(":")
     assert (out / said["DatasetLinks"][link] / path).is_file()
-    assert (out / ".bidsignore").read_text() == "*.html\n"
+    assert (out / ".bidsignore").read_text().split() == ["*.html", AUDIT]
 
 
 @pytest.fixture

@@ -164,6 +164,10 @@ def test_a_documented_command_exists_and_takes_its_options(
         pass
     elif words[:2] == ["python", "-m"] and words[2].startswith("brainmarks."):
         assert words[3] == "brain_fmri_roi_mae"  # the rest is the suite's to check
+    elif words[:2] == ["docker", "run"]:
+        check_call(COMMANDS["app"], words[words.index("brain_fmri_roi_mae") + 1 :], whole=True)
+    elif words[:3] == ["docker", "build", "-f"]:
+        assert (ROOT / words[3]).is_file()
     else:
         assert words[0] in TOOLS, f"{page}: nobody checks {' '.join(words)}"
 

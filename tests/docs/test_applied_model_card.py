@@ -5,15 +5,45 @@ from pathlib import Path
 import pytest
 
 CARD = Path(__file__).resolve().parents[2] / "docs" / "applied_model_card.md"
-ELEMENTS = """
-    ModelName ModelDeveloper DeveloperContact ReleaseStage ReleaseDate ReleaseVersion GlobalAvailability EHRCompatibility
-    RegulatoryApproval Summary Keywords IntendedUseAndWorkflow PrimaryIntendedUsers HowToUse TargetedPatientPopulation
-    CautionedOutOfScopeSettings KnownRisksAndLimitations KnownBiasesOrEthicalConsiderations ClinicalRiskLevel
-    OutcomesAndOutputs ModelType FoundationModels InputDataSource OutputAndInputDataTypes
-    DevelopmentDataCharacterization BiasMitigationApproaches OngoingMaintenance Security Transparency FundingSource
-    ThirdPartyInformation StakeholdersConsulted EvaluationReferences ClinicalTrial PeerReviewedPublications
-    ReimbursementStatus PatientConsentOrDisclosure
-""".split()
+ELEMENTS = [
+    "ModelName",
+    "ModelDeveloper",
+    "DeveloperContact",
+    "ReleaseStage",
+    "ReleaseDate",
+    "ReleaseVersion",
+    "GlobalAvailability",
+    "EHRCompatibility",
+    "RegulatoryApproval",
+    "Summary",
+    "Keywords",
+    "IntendedUseAndWorkflow",
+    "PrimaryIntendedUsers",
+    "HowToUse",
+    "TargetedPatientPopulation",
+    "CautionedOutOfScopeSettings",
+    "KnownRisksAndLimitations",
+    "KnownBiasesOrEthicalConsiderations",
+    "ClinicalRiskLevel",
+    "OutcomesAndOutputs",
+    "ModelType",
+    "FoundationModels",
+    "InputDataSource",
+    "OutputAndInputDataTypes",
+    "DevelopmentDataCharacterization",
+    "BiasMitigationApproaches",
+    "OngoingMaintenance",
+    "Security",
+    "Transparency",
+    "FundingSource",
+    "ThirdPartyInformation",
+    "StakeholdersConsulted",
+    "EvaluationReferences",
+    "ClinicalTrial",
+    "PeerReviewedPublications",
+    "ReimbursementStatus",
+    "PatientConsentOrDisclosure",
+]
 OF_METRICS = ("Goal", "Result", "Interpretation", "Typeoftest", "Testingdata", "Validationprocessandjustification")
 
 

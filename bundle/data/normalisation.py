@@ -89,7 +89,7 @@ class Normalisation:
         return values if self.mode == "run" else values * self._floored(sd) + mean
 
     def _floored(self, sd: Tensor) -> Tensor:
-        return sd.clamp(min=max(self.sd_floor * float(sd.median()), _TINY))
+        return sd.clamp(min=(self.sd_floor * sd.median().double()).clamp(min=_TINY))  # a tensor: no wait for a GPU
 
 
 def _per_frame(values: Tensor) -> Tensor:

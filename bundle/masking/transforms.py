@@ -67,12 +67,13 @@ class _AddMaskd(Randomizable, MapTransform):
                 f"the mask; it is {type(image).__name__} {tuple(getattr(image, 'shape', ()))}"
             )
         rng = self._generator_of(item) if self.fixed else self.R
-        mask = self.draw(item, image, rng).to(image.device)
+        mask = self.draw(item, image, rng)
         if not mask.any():
             raise InputError(
                 f"{type(self).__name__} hides no voxel of {item.get('run_id', 'the image')}: "
                 "the regions lie outside its field of view; check its affine, or choose other regions"
             )
+        mask = mask.to(image.device, non_blocking=True)  # one drawn on the host goes without waiting for a GPU
         item[self.mask_key] = MetaTensor(mask[None], affine=image.affine)
         return item
 
@@ -132,9 +133,9 @@ class AAL3ROIMaskd(_AddMaskd):
         wanted = self.wanted
         if self.fraction < 1 and not self.split_labels:
             wanted = draws.part_of_labels(labels, wanted, self.fraction, rng)
-        mask = torch.from_numpy(draws.region_mask(labels, wanted)).to(image.device)
+        mask = torch.from_numpy(draws.region_mask(labels, wanted))
         if self.fraction < 1 and self.split_labels:
-            mask = draws.blob(mask, round(self.fraction * int(mask.sum())), _affine(image), rng)
+            mask = draws.blob(mask.to(image.device), round(self.fraction * int(mask.sum())), _affine(image), rng)
         return mask
 
 
@@ -298,7 +299,7 @@ class RegionAndTubesMaskd(_AddMaskd):
         tubes = torch.zeros_like(brain)
         if missing > 0:
             tubes.view(-1)[rng.choice(rest.flatten().nonzero()[:, 0].numpy(), missing, replace=False)] = True
-        return region.to(image.device) | draws.to_voxels(tubes.to(image.device), self.patch)
+        return region | draws.to_voxels(tubes, self.patch)
 
 
 class SomeFramesMaskd(_AddMaskd):

@@ -1,11 +1,13 @@
 """The runs that preflight and preparation leave behind: a TSV for machines, a page with a card per run for people."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from bundle.files import write_text
 from bundle.pages import embedded, render
@@ -45,11 +47,12 @@ def write(
         WriteError: the folder cannot be written.
     """
     write_text(Path(folder) / tsv, pd.DataFrame(rows).to_csv(sep="\t", index=False))
+    kinds = Counter(map(kind_of, rows))
     context = {
         "title": title,
         "tsv": tsv,
         "runs": len(rows),
-        "kinds": {kind: sum(kind_of(row) == kind for row in rows) for kind in KINDS},
+        "kinds": {kind: kinds[kind] for kind in KINDS},
         "rugs": rugs(rows, low or {}),
     }
     write_text(Path(folder) / page, render("runs.html.j2", **context, **cards(shown(rows), pictures, low or {})))
@@ -126,10 +129,8 @@ def known(value: Any) -> bool:
 
 def _measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
     """Columns of numbers that the page shows of all runs: their names, and "%" for shares, or a unit."""
-    shares = {
-        name: min((float(row[column]) for row in rows if known(row.get(column))), default=None)
-        for name, column in ((name, f"{COVERAGE}{name}") for name in _regions(rows))
-    }
+    found = ((name, _numbers(rows, f"{COVERAGE}{name}")) for name in _regions(rows))
+    shares = {name: None if np.isnan(numbers).all() else float(np.nanmin(numbers)) for name, numbers in found}
     return {
         "mni_overlap": ("MNI brain covered", "%"),
         **{f"{COVERAGE}{name}": (f"{name} covered", "%") for name in _least_covered(shares)},
@@ -156,26 +157,32 @@ def rugs(
         "name", "unit", "least", "median" and "most", "limit" (None, or where low values end) and "strokes" (positions
         by kind of run); positions are 0 to 1000 along the axis, which is 0 to 100 % for shares, else least to most.
     """
+    kinds = np.array([kind_of(row) for row in rows])
     lines = []
     for column, (name, unit) in (_measures(rows) if measures is None else measures).items():
-        values = [(kind_of(row), float(row[column])) for row in rows if known(row.get(column))]
-        if not values:
+        numbers = _numbers(rows, column)
+        has = ~np.isnan(numbers)
+        if not has.any():
             continue
-        numbers = [value for _, value in values]
-        start, end = (0.0, 1.0) if unit == "%" else (min(numbers), max(numbers))
-        scale = 1000 / (end - start) if end > start else 0.0
-        place = {value: round((value - start) * scale, 1) if scale else 500.0 for value in numbers}
-        strokes = {kind: sorted({place[value] for other, value in values if other == kind}) for kind in KINDS[::-1]}
+        least, most = float(numbers[has].min()), float(numbers[has].max())
+        start, end = (0.0, 1.0) if unit == "%" else (least, most)
+        places = ((numbers - start) * (1000 / (end - start))).round(1) if end > start else np.full(len(rows), 500.0)
+        strokes = {kind: np.unique(places[has & (kinds == kind)]).tolist() for kind in KINDS[::-1]}
         limit = limit_of(column, low)
         lines.append(
             {
                 "name": name,
                 "unit": unit,
-                "least": min(numbers),
-                "median": median(numbers),
-                "most": max(numbers),
+                "least": least,
+                "median": float(np.median(numbers[has])),
+                "most": most,
                 "limit": 1000 * limit if unit == "%" and limit else None,
-                "strokes": {kind: places for kind, places in strokes.items() if places},
+                "strokes": {kind: found for kind, found in strokes.items() if found},
             }
         )
     return lines
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], column: str) -> NDArray[np.float64]:
+    """A column of numbers, NaN where a row has none."""
+    return np.array([row.get(column) for row in rows], dtype=np.float64)

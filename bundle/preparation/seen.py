@@ -26,7 +26,8 @@ _FILE = ".seen-sources.json"
 def source_stamps(run: Mapping[str, Any]) -> list[Stamp | None]:
     """Stamps of every file that decides what a run of `bundle.preparation.sources` is, mask and confounds included."""
     bold = Path(run["bold"])
-    beside = [bold.with_name(f"{stem(bold)}{ending}") for ending in (".json", ".hdr", ".img", ".img.gz")]
+    start = f"{bold.parent}/{stem(bold)}"  # a string: a path is ten times as slow, half a million times
+    beside = [f"{start}{ending}" for ending in (".json", ".hdr", ".img", ".img.gz")]
     return [stamp_of(path) if path else None for path in (bold, *beside, run["mask"], run["confounds"])]
 
 

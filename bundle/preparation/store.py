@@ -111,22 +111,20 @@ def remove_run(store: str | Path, run_id: str) -> None:
 def write_manifest(store: str | Path, parameters: dict, parameters_hash: str) -> dict:
     """Rebuild manifest.json from the runs' folders and return it (see `read_manifest`).
 
-    Records that the last manifest holds are taken from there while their files are the same, by `files.stamp_of`.
-    Killed at any time, it leaves the last manifest or the new one, whole.
+    Records that the last manifest holds are taken from there while their files are the same, by `files.stamp_of`; where
+    all are, it stays as it is. Killed at any time, it leaves the last manifest or the new one, whole.
 
     Raises:
         WriteError: the store cannot be written.
     """
     path = Path(store) / "manifest.json"
-    known = _remembered(store)
+    head = {"format": FORMAT, "parameters": parameters, "parameters_hash": parameters_hash}
+    last, known = _remembered(store)
     while True:
-        known = _refreshed(store, known)
-        manifest = {
-            "format": FORMAT,
-            "parameters": parameters,
-            "parameters_hash": parameters_hash,
-            "runs": [record for _, record in known.values() if record],
-        }
+        before, known = known, _refreshed(store, known)
+        manifest = head | {"runs": [record for _, record in known.values() if record]}
+        if known == before and manifest == last:
+            return manifest
         write_text(path, _manifest_text(manifest))
         if _record_stamps(store) == {run_id: stamp for run_id, (stamp, _) in known.items()}:
             break  # else another process has finished a run, and may have been overwritten
@@ -201,7 +199,7 @@ def read_records(store: str | Path) -> dict[str, dict]:
 
     Those that the manifest holds are taken from there, see `write_manifest`.
     """
-    known = _refreshed(store, _remembered(store))
+    known = _refreshed(store, _remembered(store)[1])
     return {run_id: record for run_id, (_, record) in known.items() if record}
 
 
@@ -209,17 +207,27 @@ Known = dict[str, tuple[Stamp, dict | None]]
 """Records by run id, in sorted order, with the stamps of the files that they were read from; None: a damaged one."""
 
 
-def _remembered(store: str | Path) -> Known:
-    """What is known without reading a run's folder; nothing where the manifest is not the one that was written last."""
+def _remembered(store: str | Path) -> tuple[dict[str, Any], Known]:
+    """The last manifest, and what is known by it without reading a run's folder.
+
+    Both are empty where the manifest is not the one that was written last. They are kept for whoever asks next, so
+    nobody may change them.
+    """
     path = Path(store) / "manifest.json"
+    return _last_manifest(path, tuple(stamp_of(path) or ()), tuple(stamp_of(path.with_name(_SEEN)) or ()))
+
+
+@lru_cache(maxsize=1)
+def _last_manifest(path: Path, stamp: tuple[int, ...], _seen_stamp: tuple[int, ...]) -> tuple[dict[str, Any], Known]:
     try:
-        seen = json.loads((Path(store) / _SEEN).read_text(encoding="utf-8"))
-        if seen["manifest"] != stamp_of(path):
-            return {}
-        both = list(zip(seen["runs"], _read_json(path)["runs"], strict=True))
+        seen = json.loads(path.with_name(_SEEN).read_text(encoding="utf-8"))
+        if seen["manifest"] != list(stamp):
+            return {}, {}
+        manifest = _read_json(path)
+        both = list(zip(seen["runs"], manifest["runs"], strict=True))
     except (OSError, ValueError, KeyError, TypeError, InputError):  # absent or damaged: then all records are read
-        return {}
-    return {run_id: (stamp, record) for (run_id, stamp), record in both if stamp}
+        return {}, {}
+    return manifest, {run_id: (stamp, record) for (run_id, stamp), record in both if stamp}
 
 
 def _refreshed(store: str | Path, known: Known) -> Known:

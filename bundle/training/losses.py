@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,19 +23,39 @@ def masked_mse(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
         mask: bool, `(B, 1, X, Y, Z)` for tube masks (all frames) or `(B, 1, X, Y, Z, T)`.
 
     Returns:
-        A scalar: the sum of squared errors at masked places over their number.
+        A scalar: the sum of squared errors at masked places over their number; NaN where there is none.
     """
     squared, count = masked_squared_error(prediction, image, mask)
     return squared / count
 
 
-def masked_squared_error(prediction: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, int]:
-    """Sum of squared errors over masked places, in float32, and the number of those places."""
-    # a tube mask (B, 1, X, Y, Z) takes whole time courses, (voxels, T): no index per frame is made
-    error = prediction[mask].float() - image[mask].float()
-    if error.numel() == 0:
-        raise ValueError("the mask hides no voxel, so there is nothing to reconstruct")
-    return error.square().sum(), error.numel()
+def masked_squared_error(prediction: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of squared errors over masked places, in float32, and the number of those places; both on the device."""
+    places = mask if mask.ndim == image.ndim else mask.unsqueeze(-1)
+    count = places.sum() * (image.numel() // places.numel())
+    return _MaskedSquares.apply(prediction, image, places), count
+
+
+class _MaskedSquares(torch.autograd.Function):
+    """Sum of squared differences where a mask (broadcast over frames) is true.
+
+    Dense: to pick the masked places by index, the host has to wait until the device has counted them. And nothing is
+    kept for the backward pass but the arguments, which exist anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(prediction, image, mask)
+        return _masked_difference(prediction, image, mask).square_().sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        prediction, image, mask = ctx.saved_tensors
+        return _masked_difference(prediction, image, mask).mul_(2 * gradient).to(prediction.dtype), None, None
+
+
+def _masked_difference(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+    return (prediction.float() - image.float()).masked_fill_(~mask, 0.0)  # a product would keep NaN
 
 
 class MaskedMSELoss(nn.Module):
@@ -46,8 +67,7 @@ class MaskedMSELoss(nn.Module):
 
     def denominator(self, target: dict[str, Tensor]) -> Tensor:
         """What the loss is a mean over: the number of masked voxels, times the frames they are masked in."""
-        image, mask = target["image"], target["mask"]
-        return mask.sum() * (1 if mask.ndim == image.ndim else image.shape[-1])
+        return target["mask"].sum() * (target["image"].numel() // target["mask"].numel())
 
 
 class RegionWeightedMSELoss(nn.Module):

@@ -72,7 +72,7 @@ class MaskedMSE(EngineMetric):
         prediction, target = output
         squared, count = masked_squared_error(prediction.detach(), target["image"], target["mask"])
         self._squared += squared.double().cpu()
-        self._count += count
+        self._count += int(count)
 
     @sync_all_reduce("_squared", "_count")
     def compute(self) -> float:

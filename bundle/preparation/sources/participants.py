@@ -33,12 +33,13 @@ def files_below(folder: Path) -> list[Path]:
 def beside(bold: Path) -> dict[str, Path | None]:
     """The brain mask and the confounds that fMRIPrep has written beside a run, None where there are none."""
     preprocessed = stem(bold).removesuffix("_desc-preproc_bold")
-    named = preprocessed != stem(bold)
+    if preprocessed == stem(bold):
+        return {"mask": None, "confounds": None}
     masks = [bold.with_name(f"{preprocessed}_desc-brain_mask{ending}") for ending in (".nii.gz", ".nii")]
     confounds = bold.with_name(f"{run_id_of(bold)}_desc-confounds_timeseries.tsv")
     return {
-        "mask": next((mask for mask in masks if mask.is_file()), None) if named else None,
-        "confounds": confounds if named and confounds.is_file() else None,
+        "mask": next((mask for mask in masks if mask.is_file()), None),
+        "confounds": confounds if confounds.is_file() else None,
     }
 
 

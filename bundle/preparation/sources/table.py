@@ -36,9 +36,9 @@ def from_table(table: str | Path, labels: Labels = "required") -> list[Run]:
     """
     table = Path(table)
     rows = read_table(table, ["participant_id", "bold", *(["site"] if labels == "required" else [])])
-    for participant_id, group in rows.groupby("participant_id"):
-        if group["site"].nunique(dropna=False) > 1:
-            raise InputError(f"{table} gives {participant_id} more than one site; correct its rows")
+    sites = rows.groupby("participant_id")["site"].nunique(dropna=False)
+    if (sites > 1).any():
+        raise InputError(f"{table} gives {sites.idxmax()} more than one site; correct its rows")
     runs = [_run(row, number, table, labels) for number, row in enumerate(records(rows), start=2)]
     repeated = [run_id for run_id, count in Counter(run["run_id"] for run in runs).items() if count > 1]
     if repeated:

@@ -10,6 +10,7 @@ from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
 from scripts.benchmarks.gpu import gpu, profile
 from scripts.benchmarks.kernels import kernels
+from scripts.benchmarks.launches import launches
 from scripts.benchmarks.many_runs import many_runs
 from scripts.benchmarks.redundancy_effect import redundancy_effect
 from scripts.benchmarks.report import report
@@ -33,6 +34,7 @@ def main() -> None:
         "background": background,
         "floor": floor,
         "kernels": kernels,
+        "launches": launches,
         "augmentation": augmentation,
         "many_runs": many_runs,
         "redundancy": redundancy,

@@ -9,6 +9,7 @@ from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
 from scripts.benchmarks.gpu import gpu, profile
 from scripts.benchmarks.kernels import kernels
+from scripts.benchmarks.launches import launches
 from scripts.benchmarks.many_runs import many_runs
 from scripts.benchmarks.scaling import memory, scaling
 from scripts.benchmarks.table import table
@@ -23,6 +24,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gpu": gpu,
     "profile": profile,
     "kernels": kernels,
+    "launches": launches,
     "augmentation": augmentation,
     "redundancy": redundancy,
     "many_runs": many_runs,
@@ -36,7 +38,7 @@ def report(
     """Measure anew and replace sections of the page. At full size this takes about half an hour on two CPU cores.
 
     Args:
-        sections: one or several of table, memory, background, scaling, floor, augmentation, redundancy,
+        sections: one or several of table, memory, background, scaling, floor, augmentation, redundancy, launches,
             many_runs; kernels where triton is installed; gpu and profile where there is a GPU.
         page: Markdown with `<!-- benchmarks NAME -->` ... `<!-- end -->` around each section.
 

@@ -32,6 +32,7 @@ from scripts.__main__ import COMMANDS, main
 from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
 from scripts.benchmarks.gpu import gpu, profile
+from scripts.benchmarks.launches import launches
 from scripts.benchmarks.many_runs import many_runs
 from scripts.benchmarks.redundancy_effect import redundancy_effect
 from scripts.benchmarks.report import report
@@ -57,6 +58,7 @@ BENCHMARKS = {
         augmentation,
         redundancy,
         redundancy_effect,
+        launches,
         many_runs,
     )
 }

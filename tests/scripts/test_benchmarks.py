@@ -21,6 +21,7 @@ from scripts.benchmarks.background import background
 from scripts.benchmarks.cases import QUICK, clip, scan_arguments, stages
 from scripts.benchmarks.floor import block_counts, clip_counts
 from scripts.benchmarks.gpu import gpu, working
+from scripts.benchmarks.launches import launches
 from scripts.benchmarks.many_runs import STEPS, reading, step
 from scripts.benchmarks.measure import (
     Measurement,
@@ -102,6 +103,13 @@ def test_ways_of_pretraining_are_timed_side_by_side():
         assert all(float(row[-1].split(" (")[0]) > 0 for row in rows[2:])
     found = ratio([Measurement((2.0, 6.0, 9.0), 0), Measurement((1.0, 2.0, 9.0), 0)])
     assert found == "2.00 (1.50 to 2.50)"
+
+
+def test_what_prepares_a_clip_is_counted_for_each_mask():
+    rows = cells(launches(quick=True))[2:]
+    counts = {name: int(count) for name, count in rows}
+    # at least: voxels and frames to the device, scaled, scattered, the brain's mask, and the stacks of the batch
+    assert 5 < counts["regions"] < counts["a region and tubes"] < 100
 
 
 def test_what_redundancy_dropout_does_is_compared_on_the_same_clips(store: Path, monkeypatch: pytest.MonkeyPatch):

@@ -6,6 +6,7 @@ Frames are read in order, one at a time, as the file holds them.
 import json
 import logging
 import math
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def open_bold(path: str | Path, tr: float | None = None, space: str | None = Non
 
 def load_nifti(path: Path) -> Any:
     """Open a NIfTI file without reading its data; raises `InputError` where it is missing or cannot be read."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises where a name is too long)
         raise InputError(f"{path} does not exist; check the path")
     try:
         image: Any = nib.load(path)

@@ -110,7 +110,7 @@ def _motion(bold: Bold, read: Frames) -> tuple[Matrix, NDArray[np.float64]]:
     from_centre = nib.affines.apply_affine(affine, points) - centre
     at = tuple(points.T)
     still = reference[at]
-    gradient = slope[:, *at].T
+    gradient = np.stack([part[at] for part in slope], axis=1)
     jacobian = np.hstack([gradient, np.cross(from_centre, gradient), still[:, None]])
     solve = np.linalg.pinv(jacobian)  # (7, V)
     turn, shift = np.eye(3), np.zeros(3)
@@ -143,9 +143,9 @@ def _motion(bold: Bold, read: Frames) -> tuple[Matrix, NDArray[np.float64]]:
     return motion, total / bold.frames * scale.slope + scale.inter
 
 
-def _slope(image: NDArray[np.float64], affine: Matrix) -> NDArray[np.float64]:
+def _slope(image: NDArray, affine: Matrix) -> NDArray[np.float64]:
     """Gradient in world coordinates, (3, X, Y, Z), per mm."""
-    return np.einsum("vw,v...->w...", np.linalg.inv(affine[:3, :3]), np.stack(np.gradient(image)))
+    return np.tensordot(np.linalg.inv(affine[:3, :3]).T, np.stack(np.gradient(image)), 1)
 
 
 def _every_other(shape: tuple[int, int, int]) -> NDArray[np.bool_]:
@@ -325,12 +325,18 @@ def _target() -> _Target:
 
 
 def _information(values: NDArray, inside: NDArray[np.bool_]) -> float:
-    pair = [np.clip(image[inside], *np.percentile(image[inside], [1, 99])) for image in (values, _target().values)]
-    joint = np.histogram2d(*pair, BINS)[0]
+    ours, theirs = (_within(image[inside]) for image in (values, _target().values))
+    joint = np.histogram2d(ours, theirs, BINS)[0]
     joint /= joint.sum()
     apart = np.outer(joint.sum(1), joint.sum(0))
     some = joint > 0
     return float(np.sum(joint[some] * np.log(joint[some] / apart[some])))
+
+
+def _within(values: NDArray) -> NDArray:
+    """Without the extremes."""
+    low, high = np.percentile(values, [1, 99])
+    return np.clip(values, low, high)
 
 
 def _edges(values: NDArray, inside: NDArray[np.bool_]) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from nibabel.affines import apply_affine, from_matvec
+from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 from small_heads import MARKER, PLACE, head, orientation, rigid, save_head
 from small_runs import coarse_signal, run_of, save_bold, touch
@@ -76,17 +77,21 @@ def mean_of(store: Path, run_id: str) -> np.ndarray:
 def test_the_marker_on_the_left_is_on_the_left(store: Path, run_id: str):
     mean = mean_of(store, run_id)[:95]  # x from -94 to 94 mm
     both = (mean != 0) & (mean[::-1] != 0)
-    difference = np.where(both, mean - mean[::-1], 0)
+    difference = gaussian_filter(np.where(both, mean - mean[::-1], 0), 3)  # a sharp edge differs by what it is off
     brightest = apply_affine(grid.AFFINE, np.unravel_index(np.argmax(difference), difference.shape))
-    assert np.linalg.norm(brightest - MARKER) < 6
-    assert difference.max() > 300  # of 600
+    assert np.linalg.norm(brightest - MARKER) < 8
+    x, y, z = np.rint(apply_affine(np.linalg.inv(grid.AFFINE), MARKER)).astype(int)
+    assert difference[x, y, z] > 150  # of 600, before it was smoothed
+    assert difference[94 - x, y, z] < -150
 
 
 def test_however_it_is_stored_a_head_comes_out_the_same(store: Path):
     one, other = (mean_of(store, run_id) for run_id in RUNS)
     both = (one != 0) & (other != 0)
     assert both.sum() > 150_000
-    assert np.corrcoef(one[both], other[both])[0, 1] > 0.97
+    alike, mirrored = (np.corrcoef(one[both], image[both])[0, 1] for image in (other, np.roll(other[::-1], -1, 0)))
+    assert alike > 0.8  # sharp edges, voxels of 5 mm
+    assert alike > mirrored + 0.1
 
 
 @pytest.mark.parametrize("run_id", RUNS)

@@ -2,7 +2,7 @@
 
 Each case is drawn from the seed and its number alone, so that what was found comes again by `--case NUMBER`. A door may
 take a broken file, or refuse it in one sentence. All else is found: any other error, a sentence that says
-"unexpectedly", more than 6 GiB of memory, more than two minutes of computing, something half-written, a person's name.
+"unexpectedly", more than 4 GiB of memory, more than two minutes of computing, something half-written, a person's name.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def nifti_door(folder: Path, draw: np.random.Generator) -> str:
 def native_door(folder: Path, draw: np.random.Generator) -> str:
     """A run to be registered, as far as its motion; now and then all the way."""
     run = draw_nifti(folder / "in", draw, native=True)
-    if draw.random() < 0.02:
+    if draw.random() < 0.003:
         (row,) = prepare([run], folder / "store", REGISTERED)["rows"]
         if row["status"] == "failed":
             one_sentence(row["reason"])
@@ -278,7 +278,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger().setLevel(logging.CRITICAL if asked.case is None else logging.INFO)
     signal.signal(signal.SIGXCPU, _too_long)
-    resource.setrlimit(resource.RLIMIT_AS, (6 * GIB, 6 * GIB))
+    resource.setrlimit(resource.RLIMIT_AS, (4 * GIB, 4 * GIB))
     outcomes: Counter[str] = Counter()
     found: dict[str, list[int]] = {}
     end, number = time.monotonic() + 60 * asked.minutes, asked.case or 0

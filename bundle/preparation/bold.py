@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,11 +176,19 @@ def _refuse_mni(image: Any, path: Path, given: str | None) -> None:
         raise InputError(
             f"{path} has neither an sform nor a qform, so left and right are unknown; convert it from DICOM again"
         )
-    if all(codes) and nib.aff2axcodes(header.get_sform()) != nib.aff2axcodes(header.get_qform()):
+    if all(codes) and _axcodes(header.get_sform) != _axcodes(header.get_qform):
         raise InputError(
             f"{path} has an sform and a qform of different orientations, so left and right are unknown; repair its "
             "header"
         )
+
+
+def _axcodes(affine: Callable[[], NDArray]) -> tuple[str, ...] | None:
+    """Orientation of an affine of a header; None where it has none."""
+    try:
+        return nib.aff2axcodes(affine())
+    except (ValueError, nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):
+        return None
 
 
 def _tr_of(image: Any, path: Path, given: float | None) -> tuple[float, str]:
@@ -223,5 +232,5 @@ def _sidecar_tr(sidecar: Path) -> Any:
         return None
     try:
         return json.loads(sidecar.read_text(encoding="utf-8")).get("RepetitionTime")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{sidecar} is not a JSON object ({one_line(error)}); repair or remove it") from error

@@ -56,7 +56,7 @@ def picture(values: np.ndarray, voxels: np.ndarray, atlas: str, registered: bool
         values: the values.
         voxels: (V,) flat C-order indices into `grid.SHAPE`.
         atlas: see `bundle.anatomy.atlas.load_atlas`.
-        registered: draw the edges of the MNI152 template's brain and ventricles (yellow), on which those of a run that
+        registered: draw the edges of the MNI152 template's brain and ventricles (cyan), on which those of a run that
             was registered here should lie.
 
     Returns:
@@ -76,7 +76,7 @@ def picture(values: np.ndarray, voxels: np.ndarray, atlas: str, registered: bool
         region = np.isin(labels, loaded.groups[name]).astype(np.float32)
         display.add_contours(_image(region), levels=[0.5], colors=[colour], linewidths=0.8)
     if registered:
-        display.add_contours(_image(template()), levels=[0.3], colors="yellow", linewidths=0.5)
+        display.add_contours(_image(template()), levels=[0.3], colors="cyan", linewidths=0.5)
     file = io.BytesIO()
     figure.savefig(file, dpi=100, facecolor="black", format="webp", pil_kwargs={"quality": 75})
     return file.getvalue()

@@ -99,6 +99,8 @@ def _motion(bold: Bold, read: Frames) -> tuple[Matrix, NDArray[np.float64]]:
     sigma = SMOOTH_MM / nib.affines.voxel_sizes(affine)
 
     def smooth(frame: NDArray) -> NDArray[np.float64]:
+        if not np.isfinite(frame).all():
+            raise InputError(f"{bold.path} holds NaN or Inf, which a scanner does not write; repair or exclude the run")
         return ndimage.gaussian_filter(frame.reshape(bold.shape, order="F").astype(np.float64), sigma)
 
     middle = bold.frames // 2
@@ -118,8 +120,6 @@ def _motion(bold: Bold, read: Frames) -> tuple[Matrix, NDArray[np.float64]]:
     total = np.zeros(bold.shape)
     voxels = np.indices(bold.shape).reshape(3, -1).T
     for number, frame in enumerate(read()):
-        if not np.isfinite(frame).all():
-            raise InputError(f"{bold.path} holds NaN or Inf, which a scanner does not write; repair or exclude the run")
         moved = smooth(frame)
         for _ in range(MOST_STEPS):
             places = nib.affines.apply_affine(inverse, from_centre @ turn.T + shift + centre)

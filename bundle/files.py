@@ -161,7 +161,7 @@ def stamp_of(path: str | Path) -> Stamp | None:
     """
     try:
         found = os.stat(path)  # noqa: PTH116  (called a million times)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:  # nor one that can be reached: a loop of links, a name that is too long
         return None
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 

@@ -119,6 +119,7 @@ def prepare(
     labels: str | None = None,
     tr: float | None = None,
     space: str | None = None,
+    register: str | None = None,
     min_overlap: float | None = None,
     atlas: str | None = None,
     min_coverage: float | None = None,
@@ -149,6 +150,8 @@ def prepare(
         labels: "required": every participant must have a row and a site in the table; or "optional".
         tr: repetition time of every run, seconds, over what the files say.
         space: your word that every run is in this space, e.g. MNI.
+        register: "affine": take runs in their own space, correct motion and register each by one affine transform. This
+            is no substitute for fMRIPrep, and another preparation: models of fMRIPrep's data refuse it.
         min_overlap: least share of the MNI152 brain mask that a run must cover.
         atlas: as for `regions`: of whose groups the coverage is reported.
         min_coverage: share of each of the atlas's groups below which a run's coverage is low.
@@ -166,9 +169,10 @@ def prepare(
     """
     config = prepare_config(
         dataset_dir=source, output_dir=store, layout=layout, participants=participants, labels=labels, tr=tr,
-        space=space, min_overlap=min_overlap, atlas=atlas, min_coverage=min_coverage, on_low_coverage=on_low_coverage,
-        confounds=list(confounds) if isinstance(confounds, tuple) else confounds, max_fd=max_fd, high_pass=high_pass,
-        low_pass=low_pass, pictures=pictures, rehash=rehash, workers=workers, scheduler=scheduler,
+        space=space, register=register, min_overlap=min_overlap, atlas=atlas, min_coverage=min_coverage,
+        on_low_coverage=on_low_coverage, confounds=list(confounds) if isinstance(confounds, tuple) else confounds,
+        max_fd=max_fd, high_pass=high_pass, low_pass=low_pass, pictures=pictures, rehash=rehash, workers=workers,
+        scheduler=scheduler,
     )  # fmt: skip
     if dry_run:
         _look(config, f"{store.rstrip('/')}-preflight", config["pictures"])
@@ -185,6 +189,7 @@ def preflight(
     labels: str | None = None,
     tr: float | None = None,
     space: str | None = None,
+    register: str | None = None,
     min_overlap: float | None = None,
     atlas: str | None = None,
     min_coverage: float | None = None,
@@ -202,6 +207,7 @@ def preflight(
         labels: as for `prepare`.
         tr: as for `prepare`.
         space: as for `prepare`.
+        register: as for `prepare`.
         min_overlap: as for `prepare`.
         atlas: as for `prepare`.
         min_coverage: as for `prepare`.
@@ -211,7 +217,8 @@ def preflight(
     """
     config = prepare_config(
         dataset_dir=source, layout=layout, participants=participants, labels=labels, tr=tr, space=space,
-        min_overlap=min_overlap, atlas=atlas, min_coverage=min_coverage, workers=workers, scheduler=scheduler,
+        register=register, min_overlap=min_overlap, atlas=atlas, min_coverage=min_coverage, workers=workers,
+        scheduler=scheduler,
     )  # fmt: skip
     _look(config, report, pictures)
 

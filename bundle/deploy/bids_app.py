@@ -71,7 +71,8 @@ class App:
     """One call.
 
     Attributes:
-        bids_dir: fMRIPrep-like derivatives, with runs in MNI space.
+        bids_dir: fMRIPrep-like derivatives, with runs in MNI space; raw BIDS where the model was trained on registered
+            runs.
         out_dir: the BIDS derivative that is written.
         work_dir: where prepared runs are kept; needed only to go on.
         model: the released model.
@@ -120,7 +121,7 @@ def run_participants(
         InputError: a folder, model, option or label cannot be used, and nothing was done; or somebody could not be
             scored, or not with all runs, and all others are done.
     """
-    found = participants(bids_dir, labels)
+    participants(bids_dir, labels)  # what is wrong there is said before the model is read
     bids_dir, out_dir = Path(bids_dir), Path(out_dir)
     work_dir = out_dir.with_name(f"{out_dir.name}-work") if work_dir is None else Path(work_dir)
     _refuse_folders(bids_dir, out_dir, work_dir)
@@ -129,6 +130,7 @@ def run_participants(
     if not Path(model).with_suffix(".json").is_file():
         model = release(model, work_dir / "model")
     released = ReleasedModel(model)
+    found = participants(bids_dir, labels, released.preparation.native)
     app = App(bids_dir, out_dir, work_dir, released, released.entries(atlas) | options, atlas)
     _describe_dataset(app)
     status = {}
@@ -138,7 +140,7 @@ def run_participants(
     _refuse_unscored({name: (kind, reason) for name, (kind, reason) in status.items() if kind != SCORED}, len(status))
 
 
-def participants(bids_dir: str | Path, labels: Sequence[str] = ()) -> dict[str, list[Path]]:
+def participants(bids_dir: str | Path, labels: Sequence[str] = (), native: bool = False) -> dict[str, list[Path]]:
     """The files of the chosen participants of a derivatives folder, by sub-<label>.
 
     Raises:
@@ -146,7 +148,7 @@ def participants(bids_dir: str | Path, labels: Sequence[str] = ()) -> dict[str, 
     """
     if not Path(bids_dir).is_dir():
         raise InputError(f"{bids_dir} is not a folder; give the derivatives folder that holds the sub-* folders")
-    found = files_by_participant(Path(bids_dir))
+    found = files_by_participant(Path(bids_dir), native)
     if not found:
         raise InputError(f"{bids_dir} holds no sub-* folder; give the derivatives folder of fMRIPrep")
     wanted = dict.fromkeys(f"sub-{label.removeprefix('sub-')}" for label in labels) or found
@@ -222,9 +224,12 @@ def _participant(app: App, name: str, paths: Sequence[Path]) -> tuple[str, str]:
     """
     runs: list[Run] = []
     try:
+        native = app.model.preparation.native
+        if not paths and native:
+            raise InputError(f"{app.bids_dir / name} holds no raw func/*_bold.nii.gz, which the model needs; give them")
         if not paths:
             raise InputError(f"{app.bids_dir / name} holds no func/*_space-MNI*_desc-preproc_bold.nii.gz; run fMRIPrep")
-        runs = runs_of(paths, app.bids_dir, labels="optional")
+        runs = runs_of(paths, app.bids_dir, labels="optional", native=native)
         if _is_current(app, name, runs):
             logger.info("%s is scored already", name)
             return SCORED, ""

@@ -45,8 +45,8 @@ COLUMNS = {
 """Beside those of the task, see `bundle.tasks.task.Task.describe`."""
 LIMITS = {"low": "the least", "high": "the largest"}
 OTHER_MASK = (
-    "the runs that the model was trained on have brain masks of another origin (given, or found in the run), so that "
-    "z-scores, and hence the probability, differ; give a mask where they had one"
+    "the runs that the model was trained on have brain masks of another origin (given, found in the run, registered), "
+    "so that z-scores, and hence the probability, differ; give a mask where they had one"
 )
 
 
@@ -80,13 +80,14 @@ def prepared_clips(
     Raises:
         InputError: no run could be prepared.
     """
-    rows = prepare(find_runs(dataset_dir, labels="optional"), store, replace(preparation, atlas=atlas))["rows"]
+    runs = find_runs(dataset_dir, labels="optional", native=preparation.native)
+    rows = prepare(runs, store, replace(preparation, atlas=atlas))["rows"]
     refused = [row for row in rows if row["status"] in REFUSED]
     if len(refused) == len(rows):
         raise InputError(f"{dataset_dir}: none of the {len(rows)} runs can be used; the first: {refused[0]['reason']}")
     usable = {row["run_id"] for row in rows} - {row["run_id"] for row in refused}
-    runs = [run for run in read_manifest(store)["runs"] if run["run_id"] in usable]
-    return clips(runs, frames=frames, stride=stride, whole_runs=whole_runs)
+    records = [run for run in read_manifest(store)["runs"] if run["run_id"] in usable]
+    return clips(records, frames=frames, stride=stride, whole_runs=whole_runs)
 
 
 def score(model: ReleasedModel, network: Any, evaluator: Evaluator, predictions: "Predictions") -> None:

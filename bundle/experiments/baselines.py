@@ -126,7 +126,8 @@ def participants_table(runs: Sequence[dict]) -> pd.DataFrame:
 def mean_motion(runs: Sequence[dict]) -> pd.DataFrame | None:
     """Mean framewise displacement (mm) of each participant, or None where it is not known.
 
-    Taken from a column of the participants' table, else from fMRIPrep's confounds beside each BOLD file.
+    Taken from a column of the participants' table, else from the runs' own registration or fMRIPrep's confounds beside
+    each BOLD file.
     """
     table = participants_table(runs)
     for name in MOTION_COLUMNS:
@@ -134,6 +135,9 @@ def mean_motion(runs: Sequence[dict]) -> pd.DataFrame | None:
             return table[[name]].astype(float).rename(columns={name: "mean_fd"})
     values: dict[str, list[float]] = {}
     for run in runs:
+        if "registration" in run:  # which has measured it
+            values.setdefault(run["participant_id"], []).append(run["mean_fd"])
+            continue
         source = Path(run["source"])
         found = sorted(source.parent.glob(f"{run['run_id']}_desc-confounds_*.tsv"))
         if not found:

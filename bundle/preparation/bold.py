@@ -5,7 +5,10 @@ Frames are read in order, one at a time, as the file holds them.
 
 import json
 import logging
+import math
+import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,9 @@ logger = logging.getLogger(__name__)
 TR_RANGE = (0.1, 20.0)  # seconds
 SECONDS_PER_UNIT = {8: 1.0, 16: 1e-3, 24: 1e-6}  # by NIfTI's code: s, ms, us
 MNI_CODE = 4  # the NIfTI xform code for MNI152
+MOST_GZIP = 1100  # times: gzip makes nothing smaller than by a factor of 1032
+NATIVE = "native, to MNI152 by one affine transform: no substitute for fMRIPrep"
+"""What is said of the space of a run that was opened in its own; see `bundle.preparation.register`."""
 READ_ERRORS = (
     OSError, EOFError, ValueError, OverflowError, zlib.error, nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,
@@ -39,7 +45,7 @@ class Bold:
         axcodes: the stored orientation, for example ("L", "A", "S").
         tr: repetition time, seconds.
         tr_source: where the TR came from ("given", the sidecar's name, or "header").
-        space: the space's name, always beginning with "MNI".
+        space: the space's name, beginning with "MNI"; or `NATIVE`.
     """
 
     path: Path
@@ -61,20 +67,22 @@ class Bold:
         return self.image.shape[3]
 
 
-def open_bold(path: str | Path, tr: float | None = None, space: str | None = None) -> Bold:
+def open_bold(path: str | Path, tr: float | None = None, space: str | None = None, native: bool = False) -> Bold:
     """Open a BOLD run without reading its data.
 
     Args:
         path: a 4D NIfTI file (.nii, .nii.gz or a .hdr/.img pair).
         tr: repetition time in seconds, used instead of the sidecar's and the header's.
         space: the user's word that the file is in this space; must begin with "MNI".
+        native: take a run in its own space, as it is to be registered, and no other.
 
     Returns:
         The run, with TR, affine and space decided.
 
     Raises:
         InputError: the file is missing, unreadable, not NIfTI, not 4D, not real-valued, has no usable TR or
-            affine, or is not known to be in MNI space.
+            affine, or is not known to be in MNI space (`native`: is in MNI space, or has two affines that
+            contradict each other).
     """
     path = Path(path)
     image = load_nifti(path)
@@ -84,14 +92,17 @@ def open_bold(path: str | Path, tr: float | None = None, space: str | None = Non
         raise InputError(
             f"{path} holds {image.get_data_dtype()} values, but BOLD must be real numbers; convert it first"
         )
+    if native:
+        _refuse_mni(image, path, space)
     affine = affine_of(image, path, assume=space is not None)
     seconds, tr_source = _tr_of(image, path, tr)
-    return Bold(path, image, affine, nib.aff2axcodes(affine), seconds, tr_source, space=_space_of(image, path, space))
+    space = NATIVE if native else _space_of(image, path, space)
+    return Bold(path, image, affine, nib.aff2axcodes(affine), seconds, tr_source, space)
 
 
 def load_nifti(path: Path) -> Any:
     """Open a NIfTI file without reading its data; raises `InputError` where it is missing or cannot be read."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises where a name is too long)
         raise InputError(f"{path} does not exist; check the path")
     try:
         image: Any = nib.load(path)
@@ -99,7 +110,20 @@ def load_nifti(path: Path) -> Any:
         raise InputError(f"{path} cannot be read as NIfTI ({one_line(error)}); copy or convert it again") from error
     if not isinstance(image, nib.Nifti1Pair):
         raise InputError(f"{path} is {type(image).__name__}, not NIfTI; convert it to .nii.gz first")
+    _refuse_impossible_size(image, path)
     return image
+
+
+def _refuse_impossible_size(image: Any, path: Path) -> None:
+    """Refuse a header that claims more than its file can hold, before memory is asked for."""
+    file = Path(image.file_map["image"].filename or image.file_map["header"].filename)
+    claimed = math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
+    most = {".nii": 1, ".img": 1, ".gz": MOST_GZIP}.get(file.suffix, math.inf)
+    if file.is_file() and claimed > most * file.stat().st_size:
+        raise InputError(
+            f"{path} claims {' x '.join(map(str, image.shape))} values, more than the file can hold; copy or "
+            "convert it again"
+        )
 
 
 def one_line(error: BaseException) -> str:
@@ -140,6 +164,31 @@ def _space_of(image: Any, path: Path, given: str | None) -> str:
     raise InputError(
         f"{path} is not known to be in MNI space ({found}); give the MNI-space file, or --space MNI if it is one"
     )
+
+
+def _refuse_mni(image: Any, path: Path, given: str | None) -> None:
+    """Refuse what needs no registration, and what does not say where left is."""
+    header = image.header
+    codes = [int(header["sform_code"]), int(header["qform_code"])]
+    if given is not None or entities(path).get("space", "").startswith("MNI") or (codes[0] or codes[1]) == MNI_CODE:
+        raise InputError(f"{path} is in MNI space already, so --register would only blur it; prepare it without")
+    if not any(codes):
+        raise InputError(
+            f"{path} has neither an sform nor a qform, so left and right are unknown; convert it from DICOM again"
+        )
+    if all(codes) and _axcodes(header.get_sform) != _axcodes(header.get_qform):
+        raise InputError(
+            f"{path} has an sform and a qform of different orientations, so left and right are unknown; repair its "
+            "header"
+        )
+
+
+def _axcodes(affine: Callable[[], NDArray]) -> tuple[str, ...] | None:
+    """Orientation of an affine of a header; None where it has none."""
+    try:
+        return nib.aff2axcodes(affine())
+    except (ValueError, nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):
+        return None
 
 
 def _tr_of(image: Any, path: Path, given: float | None) -> tuple[float, str]:
@@ -183,5 +232,5 @@ def _sidecar_tr(sidecar: Path) -> Any:
         return None
     try:
         return json.loads(sidecar.read_text(encoding="utf-8")).get("RepetitionTime")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{sidecar} is not a JSON object ({one_line(error)}); repair or remove it") from error

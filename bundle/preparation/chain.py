@@ -15,7 +15,16 @@ from bundle.anatomy import grid
 from bundle.anatomy.atlas import AAL3
 from bundle.errors import InputError, unwrapped
 from bundle.files import ROOT, config_file
-from bundle.preparation.transforms import CONSTANT, CleanSignalsd, LoadBOLDd, ResampleTRd, ToGridd, ZScored
+from bundle.preparation.transforms import (
+    CONSTANT,
+    REGISTERED,
+    CleanSignalsd,
+    LoadBOLDd,
+    RegisterToGridd,
+    ResampleTRd,
+    ToGridd,
+    ZScored,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Preparation:
             "grid_shape": list(grid.SHAPE),
             "grid_affine": grid.AFFINE.tolist(),
             "interpolation": "linear in world space and in time",
-            "background": f"the given brain mask, else {CONSTANT}",
+            "background": REGISTERED if self.native else f"the given brain mask, else {CONSTANT}",
             "scaling": "each voxel by its mean and population SD over the run; these, and the whole run's, are kept",
             "dtype": "float16",
         }
@@ -56,6 +65,11 @@ class Preparation:
     def parameters_hash(self) -> str:
         """sha256 of `parameters`, hexadecimal."""
         return hashlib.sha256(json.dumps(self.parameters(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def native(self) -> bool:
+        """Whether runs are taken in their own space, and no others."""
+        return any(isinstance(step, RegisterToGridd) for step in self.steps)
 
     @property
     def reads_confounds(self) -> bool:
@@ -106,7 +120,7 @@ def rebuild_preparation(parameters: Mapping[str, Any], source: str | Path) -> Pr
     Raises:
         InputError: it has steps that are not of this bundle, or that this version of it would do otherwise.
     """
-    known = {step.__name__: step for step in (LoadBOLDd, ToGridd, CleanSignalsd, ResampleTRd, ZScored)}
+    known = {step.__name__: step for step in (LoadBOLDd, ToGridd, RegisterToGridd, CleanSignalsd, ResampleTRd, ZScored)}
     if unknown := [step["step"] for step in parameters["steps"] if step["step"] not in known]:
         raise InputError(f"{source}: its data were prepared with a step {unknown[0]} that is not of this bundle")
     recorded = [dict(step) for step in parameters["steps"]]

@@ -65,7 +65,7 @@ class Cleaning:
 
 
 def clean_frames(
-    frames: NDArray[np.float32], tr: float, cleaning: Cleaning, bold: Path, table: str | Path | None
+    frames: NDArray[np.float32], tr: float, cleaning: Cleaning, bold: Path, table: str | Path | pd.DataFrame | None
 ) -> tuple[NDArray[np.float32], dict[str, Any]]:
     """Clean a run's in-brain signals.
 
@@ -74,7 +74,7 @@ def clean_frames(
         tr: their spacing, seconds.
         cleaning: what to do.
         bold: the run's file, beside which fMRIPrep's confounds lie.
-        table: the run's own table of confounds, .tsv or .csv, one row per frame.
+        table: the run's own table of confounds, one row per frame; or a .tsv or .csv file of it.
 
     Returns:
         The cleaned (T, V) and what was done: {"censored": n, "regressors": [names]}.
@@ -84,7 +84,7 @@ def clean_frames(
     """
     regressors, kept = _regressors(cleaning, bold, table, len(frames))
     if cleaning.max_fd is not None:
-        moved = framewise_displacement(_read(table, bold, len(frames)), table) > cleaning.max_fd
+        moved = framewise_displacement(_read(table, bold, len(frames)), bold) > cleaning.max_fd
         kept &= ~moved
     censored = int((~kept).sum())
     if censored > MAX_CENSORED * len(frames):
@@ -144,7 +144,7 @@ def framewise_displacement(motion: pd.DataFrame, source: object) -> NDArray[np.f
 
 
 def _regressors(
-    cleaning: Cleaning, bold: Path, table: str | Path | None, frames: int
+    cleaning: Cleaning, bold: Path, table: str | Path | pd.DataFrame | None, frames: int
 ) -> tuple[pd.DataFrame | None, NDArray[np.bool_]]:
     """The confounds (T, C) or None, and which frames the strategy keeps (T,): not those before a steady state."""
     kept = np.ones(frames, bool)
@@ -180,7 +180,9 @@ def _usable(values: pd.DataFrame, bold: Path) -> pd.DataFrame:
     return numbers
 
 
-def _read(table: str | Path | None, bold: Path, frames: int) -> pd.DataFrame:
+def _read(table: str | Path | pd.DataFrame | None, bold: Path, frames: int) -> pd.DataFrame:
+    if isinstance(table, pd.DataFrame):
+        return _fitting(table, frames, bold)
     if table is None:
         raise InputError(f"{bold} has no table of confounds; add a confounds column to the table of runs")
     try:

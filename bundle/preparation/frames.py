@@ -123,7 +123,10 @@ def _load_mask(path: Path) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
 
 
 def sample(
-    bold: Bold, brain: NDArray[np.bool_], read: Callable[[], Iterator[NDArray]] | None = None
+    bold: Bold,
+    brain: NDArray[np.bool_],
+    read: Callable[[], Iterator[NDArray]] | None = None,
+    affines: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float32]:
     """Interpolate every frame at the brain's grid voxels: one trilinear step in world space, streamed.
 
@@ -131,6 +134,7 @@ def sample(
         bold: the run.
         brain: bool, `grid.SHAPE`, inside the run's field of view.
         read: the run's `frame_reader`, where it was used before; None makes one.
+        affines: (T, 4, 4), of each frame, its voxels to MNI world, where the head moved; None: the run's, of all.
 
     Returns:
         (T, V) float32 in the file's own units; V runs over `np.flatnonzero(brain)`.
@@ -145,11 +149,12 @@ def sample(
         finite = np.isfinite(frame) if frame.dtype.kind == "f" else np.True_
         if number == 0:
             background = np.isnan(frame) if frame.dtype.kind == "f" else np.zeros(frame.shape, bool)
-            operator = _operator(bold, brain, background)
             has_background = background.any()
         if has_background or not finite.all():
             wrong |= (finite == background) | np.isinf(frame)
             frame = np.where(finite, frame, 0)
+        if number == 0 or affines is not None:
+            operator = _operator(bold.affine if affines is None else affines[number], bold, brain, background)
         sampled = operator @ frame.astype(np.float32)  # (XYZ,) -> (V,)
         if (slope, inter) != (1, 0):
             # after interpolating, which is the same as each row's weights sum to 1, and touches fewer numbers
@@ -163,12 +168,11 @@ def sample(
     return frames
 
 
-def _operator(bold: Bold, brain: NDArray[np.bool_], background: NDArray[np.bool_]) -> Any:
+def _operator(affine: NDArray[np.float64], bold: Bold, brain: NDArray[np.bool_], background: NDArray[np.bool_]) -> Any:
     """Trilinear weights whose columns run in the file's order, with none for NaN background (XYZ,)."""
     if background.any():
-        lost = grid.nearest(background.reshape(bold.shape, order="F"), bold.affine) & brain
+        lost = grid.nearest(background.reshape(bold.shape, order="F"), affine) & brain
         if lost.any():
             raise InputError(f"{bold.path} is NaN in {lost.sum()} grid voxels of its brain mask; give a tighter mask")
     # an array (X, Y, Z) in the file's order is an array (Z, Y, X) in C order
-    affine, shape = bold.affine[:, [2, 1, 0, 3]], bold.shape[::-1]
-    return grid.linear_operator(affine, shape, np.flatnonzero(brain), ~background)
+    return grid.linear_operator(affine[:, [2, 1, 0, 3]], bold.shape[::-1], np.flatnonzero(brain), ~background)

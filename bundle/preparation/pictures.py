@@ -16,7 +16,8 @@ from bundle.anatomy import grid
 from bundle.anatomy.atlas import labels_on, load_atlas
 from bundle.anatomy.parcels import dense
 from bundle.files import write_bytes
-from bundle.preparation.store import read_moments, read_voxels
+from bundle.preparation.register import template
+from bundle.preparation.store import read_moments, read_run, read_voxels
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 
@@ -43,17 +44,20 @@ def stored_picture(store: str | Path, atlas: str, run_id: str) -> bytes:
     path = Path(store) / "runs" / run_id / "picture.webp"
     if not path.is_file():
         mean, _ = read_moments(store, run_id)
-        write_bytes(path, picture(mean, read_voxels(store, run_id), atlas))
+        registered = "registration" in read_run(store, run_id)
+        write_bytes(path, picture(mean, read_voxels(store, run_id), atlas, registered))
     return path.read_bytes()
 
 
-def picture(values: np.ndarray, voxels: np.ndarray, atlas: str) -> bytes:
+def picture(values: np.ndarray, voxels: np.ndarray, atlas: str, registered: bool = False) -> bytes:
     """Draw in-brain values (V,) with contours of their brain mask (white) and of the atlas's groups (colours).
 
     Args:
         values: the values.
         voxels: (V,) flat C-order indices into `grid.SHAPE`.
         atlas: see `bundle.anatomy.atlas.load_atlas`.
+        registered: draw the edges of the MNI152 template's brain and ventricles (cyan), on which those of a run that
+            was registered here should lie.
 
     Returns:
         A WebP file's bytes, about 15 kB: a page of 1,000 runs holds as many pictures.
@@ -71,6 +75,8 @@ def picture(values: np.ndarray, voxels: np.ndarray, atlas: str) -> bytes:
     for name, colour in region_colours(list(loaded.groups)).items():
         region = np.isin(labels, loaded.groups[name]).astype(np.float32)
         display.add_contours(_image(region), levels=[0.5], colors=[colour], linewidths=0.8)
+    if registered:
+        display.add_contours(_image(template()), levels=[0.3], colors="cyan", linewidths=0.5)
     file = io.BytesIO()
     figure.savefig(file, dpi=100, facecolor="black", format="webp", pil_kwargs={"quality": 75})
     return file.getvalue()

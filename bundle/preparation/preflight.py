@@ -82,4 +82,6 @@ def _look(
     row = attempt(run, preparation, work, "ready")
     if not (item and pictures):
         return row, None
-    return row, picture(item["bold"].mean(axis=0, dtype=np.float32), item["voxels"], preparation.atlas)
+    return row, picture(
+        item["bold"].mean(axis=0, dtype=np.float32), item["voxels"], preparation.atlas, preparation.native
+    )

@@ -78,6 +78,8 @@ def prepare(
     preparation = preparation or load_preparation()
     preparation = replace(preparation, atlas=atlas.located(preparation.atlas))  # for workers elsewhere
     atlas.load_atlas(preparation.atlas)  # what is wrong with it is said once, not of every run
+    if preparation.native:
+        logger.warning("runs are registered by one affine transform each, which is no substitute for fMRIPrep")
     write = store_at if isinstance(store_at, StoreRund) else StoreRund(store_at)
     folder = write.folder
     store.clean_unfinished(folder)
@@ -184,7 +186,7 @@ def _identify(preparation: Preparation, run: Run) -> dict[str, Any]:
         return {"problem": run["problem"]}
     try:
         store.check_run_id(run["run_id"])
-        bold = open_bold(run["bold"], run["tr"], run["space"])
+        bold = open_bold(run["bold"], run["tr"], run["space"], preparation.native)
         files = sorted({holder.filename for holder in bold.image.file_map.values()})
         return {
             "source_sha256": file_sha256(*files),
@@ -272,6 +274,8 @@ def _plan(
         columns = {key: run[key] for key in PARTICIPANT_COLUMNS}  # so head motion is the same as well
     else:
         columns = _of_participant(run)
+        if columns["mean_fd"] is None and "registration" in stored:
+            columns["mean_fd"] = stored["mean_fd"]  # as measured
     if stored.get("coverage_atlas") != atlas.load_atlas(preparation.atlas).sha256:
         columns |= _coverage(store.read_voxels(folder, run["run_id"]), preparation)
     record = stored | columns
@@ -325,7 +329,7 @@ def prepared_item(run: Run, identity: Mapping[str, Any], preparation: Preparatio
         "run_id": run["run_id"],
         **_of_participant(run),
         **identity,
-        "versions": versions(_PACKAGES),
+        "versions": versions((*_PACKAGES, *(["SimpleITK"] if preparation.native else []))),
     }
     for step in preparation.steps:
         item = step(item)
@@ -370,6 +374,7 @@ def row_of(
     row["voxel_mm"] = " x ".join(f"{size:.4g}" for size in sizes)
     row |= {key: record[key] for key in ("voxels", "mean", "sd", "mni_overlap")}
     row |= {f"coverage_{region}": share for region, share in record["coverage"].items()}
+    row |= {key: value for key, value in record.get("registration", {}).items() if key != "method"}
     row["censored"] = record["cleaning"]["censored"] if record["cleaning"] else 0
     row |= {"source": record["source"], "source_sha256": record["source_sha256"]}
     return row if record["mean_fd"] is None else row | {"mean_fd": record["mean_fd"]}

@@ -5,6 +5,7 @@ store/runs/<run_id>/frames.npy  (T, V) float16, each brain voxel by its own mean
 store/runs/<run_id>/moments.npy (2, V) float64, these means and SDs, in the file's units
 store/runs/<run_id>/voxels.npy  (V,) int32, flat C-order indices into `grid.SHAPE`
 store/runs/<run_id>/run.json    the run's record: participant, provenance, mean and SD of the whole run, fill, coverage
+store/runs/<run_id>/confounds.tsv   of a registered run, its motion, a row per frame as acquired, columns as fMRIPrep's
 store/runs/<run_id>/picture.webp  where one was asked for, the run's mean with contours of its brain and the regions
 store/.seen-records.json        which run.json the manifest holds, so that only others are read for the next one
 store/.seen-sources.json        which source files were hashed, so that prepare hashes only others
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from bundle import files
@@ -62,6 +64,7 @@ def write_run(
     frames: NDArray[np.float16],
     voxels: NDArray[np.integer],
     moments: NDArray[np.float64],
+    confounds: pd.DataFrame | None = None,
 ) -> None:
     """Write one run so that a reader sees all of it or nothing, replacing an earlier version.
 
@@ -71,6 +74,7 @@ def write_run(
         frames: (T, V), each voxel z-scored over the run (see `scaling.zscore`).
         voxels: (V,) flat C-order indices into `grid.SHAPE`.
         moments: (2, V) mean and SD of each voxel, in the file's units.
+        confounds: the run's motion, where preparation has measured it.
 
     Raises:
         WriteError: the disk is full, read-only or forbidden; nothing half-written is left.
@@ -81,6 +85,8 @@ def write_run(
         _save_rows(folder / "frames.npy", frames)
         np.save(folder / "voxels.npy", voxels.astype(np.int32))
         np.save(folder / "moments.npy", moments.astype(np.float64))
+        if confounds is not None:
+            confounds.to_csv(folder / "confounds.tsv", sep="\t", index=False, na_rep="n/a")
         (folder / "run.json").write_text(_json(record), encoding="utf-8")
         _move_into_place(folder, target)
 

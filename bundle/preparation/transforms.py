@@ -1,7 +1,7 @@
 """MONAI dictionary transforms from a NIfTI file to the store, put together in configs/prepare.json.
 
-Each is thin over a function of `grid`, `bold`, `frames`, `confounds`, `scaling` or `store`. Its arguments are kept
-under their own names, from which the preparation's parameters are read.
+Each is thin over a function of `grid`, `bold`, `frames`, `register`, `confounds`, `scaling` or `store`. Its arguments
+are kept under their own names, from which the preparation's parameters are read.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
@@ -18,17 +19,19 @@ from bundle.preparation import bold, store
 from bundle.preparation.bold import TR_RANGE
 from bundle.preparation.confounds import Cleaning, clean_frames
 from bundle.preparation.frames import KEPT_BYTES, brain_on_grid, frame_reader, sample
+from bundle.preparation.register import METHODS, refuse_misaligned, register
 from bundle.preparation.scaling import frames_after, resample_tr, zscore
 
 CLIP_FRAMES = 20
 CONSTANT = "voxels constant over time"
+REGISTERED = "registered: nilearn's mask of the mean EPI, near the MNI152 brain"
 
 Item = dict[Hashable, Any]
 
 
 def mask_kind(record: Mapping[str, Any]) -> str:
-    """Say of a prepared run's record whose brain mask its z-scores rest on: "given", or `CONSTANT`'s."""
-    return CONSTANT if record["mask_source"] == CONSTANT else "given"
+    """Say of a prepared run's record whose brain mask its z-scores rest on: "given", `CONSTANT`'s, `REGISTERED`'s."""
+    return record["mask_source"] if record["mask_source"] in (CONSTANT, REGISTERED) else "given"
 
 
 class LoadBOLDd(MapTransform):
@@ -93,17 +96,96 @@ class ToGridd(MapTransform):
                 )
             item[key] = sample(run, brain, read)
             item["voxels"] = np.flatnonzero(brain)
-            item["record"] = item.get("record", {}) | {
-                "source": str(run.path.absolute()),
-                "mask_source": CONSTANT if mask is None else str(Path(mask).absolute()),
-                "tr_in": run.tr,
-                "tr_source": run.tr_source,
-                "frames_in": run.frames,
-                "shape_in": list(run.shape),
-                "affine_in": run.affine.tolist(),
-                "axcodes_in": "".join(run.axcodes),
-                "space": run.space,
-                "mni_overlap": overlap,
+            source = CONSTANT if mask is None else str(Path(mask).absolute())
+            item["record"] = item.get("record", {}) | _facts(run, source, overlap)
+        return item
+
+
+def _facts(run: bold.Bold, mask_source: str, overlap: float) -> dict[str, Any]:
+    """What a record says of the file."""
+    return {
+        "source": str(run.path.absolute()),
+        "mask_source": mask_source,
+        "tr_in": run.tr,
+        "tr_source": run.tr_source,
+        "frames_in": run.frames,
+        "shape_in": list(run.shape),
+        "affine_in": run.affine.tolist(),
+        "axcodes_in": "".join(run.axcodes),
+        "space": run.space,
+        "mni_overlap": overlap,
+    }
+
+
+class RegisterToGridd(MapTransform):
+    """Instead of `LoadBOLDd` and `ToGridd`: bring a run in its own space onto the grid, by its own registration.
+
+    No substitute for fMRIPrep, see `bundle.preparation.register`. Motion and the affine transform to MNI152 are
+    composed, so that each frame is interpolated once, linearly. What comes out is as of `ToGridd`; besides, "confounds"
+    becomes the table of motion, and the record gets "registration", what the check has measured, and "mean_fd", mm.
+
+    Args:
+        method: "affine".
+        min_overlap: as for `ToGridd`.
+        min_alignment: the least that both margins of `register.alignment` must reach.
+        keys: where the run's path is.
+        tr_key: as for `LoadBOLDd`.
+        space_key: likewise.
+        mask_key: where nothing may be, as the mask comes from the run.
+        table_key: where nothing may be, as the confounds come from the run.
+
+    Raises:
+        InputError: an unknown method, or a number outside its range.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        min_overlap: float,
+        min_alignment: float,
+        keys: KeysCollection = "bold",
+        tr_key: str = "tr",
+        space_key: str = "space",
+        mask_key: str = "mask",
+        table_key: str = "confounds",
+    ) -> None:
+        super().__init__(keys)
+        if method not in METHODS:
+            raise InputError(f"register must be {' or '.join(METHODS)}, or null for runs in MNI space, not {method!r}")
+        if not 0 <= min_overlap <= 1:
+            raise InputError(f"min_overlap must be between 0 and 1, not {min_overlap}")
+        if not min_alignment >= 1:
+            raise InputError(f"min_alignment must be at least 1, not {min_alignment}")
+        self.method, self.min_overlap, self.min_alignment = method, min_overlap, min_alignment
+        self.tr_key, self.space_key, self.mask_key, self.table_key = tr_key, space_key, mask_key, table_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Item:
+        """Register; raises `InputError` where that fails, and where a mask or confounds are given."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            run = bold.open_bold(item[key], item.get(self.tr_key), item.get(self.space_key), native=True)
+            for given in (self.mask_key, self.table_key):
+                if item.pop(given, None) is not None:
+                    raise InputError(
+                        f"{run.path} comes with a file of {given}, but --register makes its own; give the MNI-space run"
+                        " without --register, or take that file away"
+                    )
+            read = frame_reader(run)
+            found = register(run, read)
+            refuse_misaligned(found.alignment, self.min_alignment, run.path)
+            overlap = grid.mni_overlap(found.brain)
+            if overlap < self.min_overlap:
+                raise InputError(
+                    f"{run.path} covers only {overlap:.0%} of the MNI brain after its registration (low overlap: "
+                    f"{self.min_overlap:.0%} is needed); its field of view cuts the brain, or the head moved out of it"
+                )
+            item[key] = sample(run, found.brain, read, found.affines)
+            item["voxels"] = np.flatnonzero(found.brain)
+            item[self.table_key] = found.confounds
+            item["record"] = item.get("record", {}) | _facts(run, REGISTERED, overlap)
+            item["record"] |= {
+                "registration": {"method": self.method} | found.alignment,
+                "mean_fd": float(found.confounds["framewise_displacement"].mean()),
             }
         return item
 
@@ -232,6 +314,8 @@ class StoreRund(MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             item["record"] = item["record"] | {"voxels": len(item["voxels"])}
-            store.write_run(self.folder, item["record"], item[key], item["voxels"], item["moments"])
+            table = item.get("confounds")
+            motion = table if isinstance(table, pd.DataFrame) else None  # a path of a file that lies elsewhere
+            store.write_run(self.folder, item["record"], item[key], item["voxels"], item["moments"], motion)
             item[key] = self.folder / "runs" / item["record"]["run_id"]
         return item

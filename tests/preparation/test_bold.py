@@ -396,3 +396,32 @@ def test_a_voxel_that_does_not_vary_is_zero_and_has_its_mean():
 def test_z_of_a_constant_is_refused():
     with pytest.raises(InputError, match="no signal"):
         zscore(np.full((20, 5), 7.3, np.float32))
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_header_that_claims_2_to_the_31_frames_is_refused(tmp_path, signal, ending):
+    """At once: neither memory nor time is spent on what the file cannot hold."""
+    image = nib.Nifti2Image.from_image(nib.load(save_bold(tmp_path / "run.nii", signal)))
+    header = image.header.copy()
+    header["dim"][4] = 2**31
+    content = header.binaryblock + bytes(4) + np.asarray(image.dataobj).tobytes()
+    path = tmp_path / f"claims{ending}"
+    path.write_bytes(gzip.compress(content) if ending == ".nii.gz" else content)
+    with pytest.raises(InputError, match="25 x 30 x 25 x 2147483648 values, more than the file can hold") as caught:
+        bold.open_bold(path)
+    assert one_sentence(str(caught.value))
+
+
+def test_what_compresses_best_is_not_taken_for_a_claim(tmp_path):
+    """Zeros, a thousand times smaller in the file."""
+    path = tmp_path / "run.nii.gz"
+    save_bold(path, np.zeros((64, 64, 36, 50), np.float32))
+    assert bold.open_bold(path).frames == 50
+
+
+def test_names_that_lead_nowhere_are_refused(tmp_path):
+    loop = tmp_path / "loop.nii"
+    loop.symlink_to(loop)
+    for path in (loop, tmp_path / f"{'x' * 300}.nii"):
+        with pytest.raises(InputError, match="does not exist"):
+            bold.open_bold(path)

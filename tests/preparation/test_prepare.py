@@ -475,3 +475,12 @@ def test_awkward_real_files_are_refused_even_when_tr_and_space_are_given(shared,
         assert name in reason
         assert "\n" not in reason
     assert words in reason  # with TR and space given
+
+
+def test_a_link_to_itself_is_one_failed_run(tmp_path):
+    loop = tmp_path / "loop.nii"
+    loop.symlink_to(loop)
+    good = run_of(save_bold(tmp_path / "run.nii", coarse_signal()), "sub-02")
+    rows = prepare([run_of(loop), good], tmp_path / "store")["rows"]
+    assert [row["status"] for row in rows] == ["failed", "prepared"]
+    assert "does not exist" in rows[0]["reason"]

@@ -258,3 +258,15 @@ def test_sources_without_runs_are_refused(tmp_path, source, layout, words):
     touch(tmp_path / "raw/sub-01/func/sub-01_task-rest_bold.nii.gz")
     with pytest.raises(InputError, match=words):
         find_runs(tmp_path / source, layout=layout)
+
+
+def test_loops_of_links_end_and_linked_folders_are_followed(tmp_path: Path):
+    """Two loops in one folder have 2 to the 40 paths before the system says stop."""
+    touch(tmp_path / "in" / "a" / "rest.nii")
+    touch(tmp_path / "elsewhere" / "rest.nii")
+    for name in ("loop", "other"):
+        (tmp_path / "in" / "a" / name).symlink_to(tmp_path / "in", target_is_directory=True)
+    (tmp_path / "in" / "itself").symlink_to(tmp_path / "in" / "itself")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    runs = find_runs(tmp_path / "in", labels="optional")
+    assert [run["run_id"] for run in runs] == ["a_rest", "linked_rest"]

@@ -20,9 +20,12 @@ from bundle.preparation.sources.participants import (
 
 
 def from_bids(
-    derivatives: str | Path, participants: str | Path | None = None, labels: Labels = "required"
+    derivatives: str | Path,
+    participants: str | Path | None = None,
+    labels: Labels = "required",
+    native: bool = False,
 ) -> list[Run]:
-    """List the MNI-space preprocessed BOLD runs of a derivatives folder.
+    """List the MNI-space preprocessed BOLD runs of a derivatives folder, or the raw runs of a BIDS folder.
 
     Takes `sub-*[/ses-*]/func/*_space-MNI*_desc-preproc_bold.nii[.gz]`, each with the `_desc-brain_mask` and the
     `_desc-confounds_timeseries.tsv` beside it if there are any.
@@ -33,6 +36,8 @@ def from_bids(
             two levels (as for a dataset's derivatives/fmriprep).
         labels: "required" marks a run whose participant has no row, or no site, with a "problem"; "optional" keeps it,
             as pretraining and inference need neither.
+        native: take `sub-*[/ses-*]/func/*_bold.nii[.gz]` without space or desc in its name instead, which is to be
+            registered. Phase images are left out; of several echoes each has a "problem", as they must be combined.
 
     Returns:
         Runs sorted by run id (see the package).
@@ -43,14 +48,20 @@ def from_bids(
     derivatives = Path(derivatives)
     if not derivatives.is_dir():
         raise InputError(f"{derivatives} is not a folder; give the derivatives folder that holds the sub-* folders")
-    paths = [path for path in bold_files(derivatives) if _is_preprocessed_mni(path)]
-    return runs_of(paths, derivatives, participants, labels)
+    paths = [path for path in bold_files(derivatives) if is_wanted(path, native)]
+    return runs_of(paths, derivatives, participants, labels, native)
 
 
 def runs_of(
-    paths: Sequence[Path], derivatives: Path, participants: str | Path | None = None, labels: Labels = "required"
+    paths: Sequence[Path],
+    derivatives: Path,
+    participants: str | Path | None = None,
+    labels: Labels = "required",
+    native: bool = False,
 ) -> list[Run]:
     """The runs of some of a derivatives folder's files; see `from_bids`, which takes all."""
+    if not paths and native:
+        raise InputError(f"{derivatives} holds no raw sub-*/[ses-*/]func/*_bold.nii[.gz] to register; check the path")
     if not paths:
         raise InputError(
             f"{derivatives} holds no sub-*/[ses-*/]func/*_space-MNI*_desc-preproc_bold.nii[.gz]; check the path, or "
@@ -60,11 +71,11 @@ def runs_of(
     return refuse_duplicate_runs([_run(path, table, labels) for path in paths], derivatives)
 
 
-def files_by_participant(derivatives: Path) -> dict[str, list[Path]]:
+def files_by_participant(derivatives: Path, native: bool = False) -> dict[str, list[Path]]:
     """The files that `from_bids` takes, by their participant's folder, sub-*; of some there may be none."""
     found: dict[str, list[Path]] = {path.name: [] for path in sorted(derivatives.glob("sub-*")) if path.is_dir()}
     for path in bold_files(derivatives):
-        if _is_preprocessed_mni(path):
+        if is_wanted(path, native):
             found[path.relative_to(derivatives).parts[0]].append(path)
     return found
 
@@ -75,8 +86,11 @@ def bold_files(folder: Path) -> list[Path]:
     return [Path(name) for name in names if name.endswith((".nii", ".nii.gz"))]
 
 
-def _is_preprocessed_mni(path: Path) -> bool:
+def is_wanted(path: Path, native: bool) -> bool:
+    """Whether `from_bids` takes a file, by its name."""
     parts = entities(path)
+    if native:
+        return not {"space", "desc"} & set(parts) and parts.get("part", "mag") == "mag"
     return parts.get("space", "").startswith("MNI") and parts.get("desc") == "preproc"
 
 
@@ -97,5 +111,7 @@ def _run(path: Path, participants: dict[str, dict[str, Any]], labels: Labels) ->
         "tr": None,
         "space": None,
     }
+    if "echo" in parts and "desc" not in parts:
+        run["problem"] = f"{path} is one of several echoes, which --register does not combine; use fMRIPrep"
     problem = None if row is not None else f"sub-{parts['sub']} has no row in participants.tsv"
     return with_participant(run, row or {}, labels, problem)

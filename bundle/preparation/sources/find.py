@@ -26,6 +26,7 @@ def find_runs(
     participants: str | Path | None = None,
     tr: float | None = None,
     space: str | None = None,
+    native: bool = False,
 ) -> list[Run]:
     """List the runs of a source, whatever its layout.
 
@@ -36,6 +37,7 @@ def find_runs(
         participants: table of participants, where it is not beside the runs.
         tr: repetition time of every run in seconds, over what the files say.
         space: the user's word that every run is in this space ("MNI...").
+        native: of a BIDS folder, take the raw runs, which are to be registered, instead of those in MNI space.
 
     Returns:
         Runs (see the package).
@@ -54,7 +56,7 @@ def find_runs(
     if layout == "table":
         runs = from_table(source, labels)
     elif layout == "bids":
-        runs = from_bids(source, participants, labels)
+        runs = from_bids(source, participants, labels, native)
     else:
         adapter = {"adhd200": from_adhd200, "nilearn-adhd": from_nilearn_adhd, "files": from_files}[layout]
         runs = adapter(paths, root, participants, labels)
@@ -66,7 +68,7 @@ def find_runs(
 
 _MEANING = {
     "table": "a table with one row per run",
-    "bids": "BIDS derivatives, sub-*/[ses-*/]func/*_space-MNI*_desc-preproc_bold",
+    "bids": "BIDS, sub-*/[ses-*/]func/*_space-MNI*_desc-preproc_bold, or *_bold if it is to be registered",
     "adhd200": "ADHD-200 of the Athena pipeline, s[f]nwmrda<ID>_session_<N>_rest_<M>",
     "nilearn-adhd": "nilearn's ADHD sample, <ID>_rest_tshift_RPI_voreg_mni",
     "files": "NIfTI files, one run each",

@@ -1,7 +1,8 @@
 """Participants' tables, labels, and what lies beside a run: shared by every layout."""
 
-import glob
+import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import pandas as pd
 
 from bundle.errors import InputError
 from bundle.preparation.bids_names import entities, stem
+
+logger = logging.getLogger(__name__)
 
 Run = dict[str, Any]
 Labels = Literal["required", "optional"]
@@ -26,8 +29,28 @@ def run_id_of(path: Path) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Everything below a folder, sorted; linked folders are followed, hidden ones (.git) are not."""
-    return sorted(Path(name) for name in glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))  # noqa: PTH207
+    """All files below a folder, sorted; linked folders are followed, loops of them and hidden ones (.git) are not.
+
+    What cannot be read is left out with a warning.
+    """
+    found: list[Path] = []
+    todo = [(folder, frozenset([os.path.realpath(folder)]))]  # each with the real folders that lead to it
+    while todo:
+        place, above = todo.pop()
+        try:
+            names = sorted(os.listdir(place))  # noqa: PTH208
+        except OSError as error:
+            logger.warning("%s cannot be read (%s), so what it holds is left out", place, error.strerror)
+            continue
+        for name in names:
+            path = place / name
+            if name.startswith("."):
+                continue
+            if not os.path.isdir(path):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
+                found.append(path)
+            elif (real := os.path.realpath(path)) not in above:
+                todo.append((path, above | {real}))
+    return sorted(found)
 
 
 def beside(bold: Path) -> dict[str, Path | None]:

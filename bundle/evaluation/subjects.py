@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib import pyplot as plt
 from monai.engines import Evaluator
 from numpy.typing import NDArray
 
@@ -18,7 +19,6 @@ from bundle.tasks.scores import SubjectScores, measure, once_tested
 from bundle.tasks.task import Results, Task
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
-from matplotlib import pyplot as plt
 
 logger = logging.getLogger(__name__)
 

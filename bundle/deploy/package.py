@@ -35,7 +35,7 @@ CARD = re.compile(r"<!-- weights -->\n.*?<!-- end -->", flags=re.DOTALL)
 WHEN = (2022, 5, 30, 0, 0, 0)
 """The time of every file in the zip, as the zoo's own zips have it: the same files give the same checksum."""
 BLACK = ["black", "--quiet", "--skip-magic-trailing-comma", "--line-length", "120"]
-ISORT = ["isort", "--quiet", "--profile", "black", "--line-length", "120", "--known-first-party", "models"]
+ISORT = ["isort", "--quiet", "--profile", "black", "--line-length", "120", "--project", "models"]
 
 
 def package(
@@ -139,7 +139,10 @@ def _metadata(released: ReleasedModel, scores: Mapping[str, Any], name: str, tit
         metrics |= {measure: found["value"], f"{measure}_low": found["low"], f"{measure}_high": found["high"]}
     about |= {"name": title, "data_source": data, "eval_metrics": metrics}
     about["description"] = about["description"].replace("No trained weights are shipped.", f"Weights: {data}")
-    about["changelog"] = about["changelog"] | {about["version"]: f"weights of {name}; {data}"}
+    said = about["changelog"].get(about["version"], "")
+    about["changelog"] |= {about["version"]: f"{said}; weights of {name}: {data}".removeprefix("; ")}
+    about["label_classes"] = ", ".join(f"{i}: {one}" for i, one in enumerate(task.classes)) or task.column
+    about["pred_classes"] = f"{task.outputs} output(s) per clip of {network['frames']} frames; averaged per subject"
     shape = about["network_data_format"]
     image, outputs = shape["inputs"]["image"], shape["outputs"]["pred"]
     channels = network["in_channels"]

@@ -53,9 +53,9 @@ def checkpoint(
     return folder / "best.pt"
 
 
-def released(folder: Path, store: Path, network: nn.Module) -> Path:
+def released(folder: Path, store: Path, network: nn.Module, arguments: dict[str, Any] | None = None) -> Path:
     """The same, released: `model.pt`."""
-    return release(checkpoint(folder, store, network), folder / "models")
+    return release(checkpoint(folder, store, network, arguments), folder / "models")
 
 
 def shaken(network: nn.Module) -> nn.Module:

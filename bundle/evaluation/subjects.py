@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
-from monai.engines import Evaluator
+from monai.engines import Evaluator, SupervisedEvaluator
 from numpy.typing import NDArray
 
 from bundle.evaluation.intervals import bootstrap_interval, clopper_pearson_lower
@@ -104,7 +104,7 @@ def with_intervals(task: Task, tested: Results, resamples: int, seed: int) -> Sc
 
 def evaluate(
     validator: Evaluator,
-    tester: Evaluator,
+    tester: SupervisedEvaluator,
     validation_scores: SubjectScores,
     test_scores: SubjectScores,
     store: str | Path,

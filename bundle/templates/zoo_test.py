@@ -10,6 +10,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy
@@ -42,7 +43,7 @@ class TestBundle(unittest.TestCase):
         """Every weight is the file's, whichever config makes the network."""
         state = torch.load(ROOT / "models" / "model.pt", weights_only=True)
         for kind in ("inference", "train"):
-            network = load(ROOT.name, bundle_dir=ROOT.parent, workflow_type=kind, device="cpu")
+            network: Any = load(ROOT.name, bundle_dir=ROOT.parent, workflow_type=kind, device="cpu")
             own = network.state_dict()
             assert set(own) == set(state)
             for name, value in state.items():
@@ -53,7 +54,8 @@ class TestBundle(unittest.TestCase):
         """The network takes and gives what the metadata says."""
         if json.loads((CONFIGS / "inference.json").read_text())["whole_runs"]:
             self.skipTest("the head scores whole runs")
-        verify_net_in_out("network_def", CONFIGS / "metadata.json", CONFIGS / "inference.json", device="cpu")
+        meta, config = (str(CONFIGS / f"{name}.json") for name in ("metadata", "inference"))
+        verify_net_in_out("network_def", meta, config, device="cpu")
 
     def test_inference(self) -> None:
         """A run gets a row."""

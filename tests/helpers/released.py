@@ -49,7 +49,10 @@ def checkpoint(
         "normalisation": UNITS.facts(),
     }
     save_checkpoint({"network": network, "provenance": Provenance(**facts)}, folder / "best.pt")
-    write_checkpoint(load_checkpoint(folder / "best.pt") | {"reference": reference(BINARY)}, folder / "best.pt")
+    write_checkpoint(
+        load_checkpoint(folder / "best.pt") | {"reference": reference(BINARY, columns=network.encoder.channels)},
+        folder / "best.pt",
+    )
     return folder / "best.pt"
 
 

@@ -25,20 +25,23 @@ from scripts.commands import (
     synthesize,
     where,
 )
-from scripts.demo import demo
+from scripts.demo import demo, example
 from scripts.experiments import downstream, dynamics, one_run, report, sweep, truth
-from scripts.serving import app, audit, embed, maps, release, results
+from scripts.serving import app, audit, embed, export_model, maps, package, release, results
 
 fire.decorators.FIRE_METADATA = "_read_as"  # where Fire keeps parsers on a command: a name that --help does not list
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
+    "example": example,
     "synthesize": synthesize,
     "paint": paint,
     "dicom": dicom,
     "preflight": preflight,
     "prepare": prepare,
     "export": export,
+    "export_model": export_model,
+    "package": package,
     "embed": embed,
     "maps": maps,
     "splits": splits,

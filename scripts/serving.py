@@ -9,7 +9,10 @@ from bundle.anatomy.atlas import AAL3
 from bundle.deploy.audit import check_log
 from bundle.deploy.bids_app import LEVELS, run_participants, write_group
 from bundle.deploy.embed import embed as embed_store
+from bundle.deploy.formats import NAMES
+from bundle.deploy.formats import export_model as export_released
 from bundle.deploy.maps import write_maps
+from bundle.deploy.package import package as package_bundle
 from bundle.deploy.release import release as release_checkpoint
 from bundle.deploy.reports import FORMATS, write_results
 from bundle.errors import InputError
@@ -26,6 +29,52 @@ def release(checkpoint: str | Sequence[str], folder: str = "models") -> None:
         folder: the bundle's folder of models.
     """
     release_checkpoint(checkpoint, folder)
+
+
+def export_model(
+    model: str,
+    folder: str = "exported",
+    format: str | tuple = NAMES,
+    store: str | None = None,
+    atlas: str = AAL3,
+) -> None:
+    """Write a released model as files that run, or are read, without this repository, and check them against it.
+
+    formats.json beside them says what goes in, what comes out, and what of inference stays outside.
+
+    Args:
+        model: models/model.pt of `release`, or a classifier's checkpoint.
+        folder: where the files go.
+        format: pt2, onnx, torchscript or safetensors, or several with commas between; by default all.
+        store: check on a run of this prepared store; by default on noise.
+        atlas: as for `regions`, where the model was trained with another than AAL3.
+    """
+    export_released(model, folder, [format] if isinstance(format, str) else list(format), store, atlas)
+
+
+def package(
+    model: str,
+    out: str,
+    evaluation: str,
+    name: str,
+    data: str,
+    command: str,
+    display_name: str | None = None,
+    atlas: str = AAL3,
+) -> None:
+    """Write a bundle with its weights for the MONAI Model Zoo: OUT/NAME_vX.Y.Z, a zip of it, and checksums.
+
+    Args:
+        model: models/model.pt of `release`.
+        out: folder where it goes.
+        evaluation: folder of the scores of these very weights, e.g. output/train/evaluation.
+        name: of the bundle: small letters, digits and _.
+        data: what the weights were trained on, in a sentence; it goes into the model card.
+        command: that made the weights.
+        display_name: as the zoo shows it.
+        atlas: as for `regions`, where the model was trained with another than AAL3.
+    """
+    package_bundle(model, out, evaluation, name, data, command, display_name, atlas)
 
 
 def embed(

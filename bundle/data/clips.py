@@ -57,9 +57,13 @@ class Clips(Sequence[dict]):
         return len(self.ends) if self.whole_runs else self.clip_count
 
     @overload
-    def __getitem__(self, place: int) -> dict: ...
+    def __getitem__(self, place: int) -> dict:
+        pass
+
     @overload
-    def __getitem__(self, place: slice) -> list[dict]: ...
+    def __getitem__(self, place: slice) -> list[dict]:
+        pass
+
     def __getitem__(self, place: int | slice) -> dict | list[dict]:
         """An item, or a list of some."""
         if isinstance(place, slice):

@@ -6,14 +6,13 @@ import matplotlib as mpl
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from matplotlib import pyplot as plt
 from nilearn import plotting
 
 from bundle.anatomy.atlas import Atlas
+from bundle.anatomy.parcels import label_map
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
-from matplotlib import pyplot as plt
-
-from bundle.anatomy.parcels import label_map
 
 
 def draw(table: pd.DataFrame, atlas: Atlas, stem: Path, title: str) -> None:

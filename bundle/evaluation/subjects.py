@@ -8,7 +8,8 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from monai.engines import Evaluator
+from matplotlib import pyplot as plt
+from monai.engines import Evaluator, SupervisedEvaluator
 from numpy.typing import NDArray
 
 from bundle.evaluation.intervals import bootstrap_interval, clopper_pearson_lower
@@ -16,9 +17,9 @@ from bundle.files import write_json, write_text
 from bundle.preparation.store import read_manifest
 from bundle.tasks.scores import SubjectScores, measure, once_tested
 from bundle.tasks.task import Results, Task
+from bundle.training.checkpoints import state_of, weights_sha256
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
-from matplotlib import pyplot as plt
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def with_intervals(task: Task, tested: Results, resamples: int, seed: int) -> Sc
 
 def evaluate(
     validator: Evaluator,
-    tester: Evaluator,
+    tester: SupervisedEvaluator,
     validation_scores: SubjectScores,
     test_scores: SubjectScores,
     store: str | Path,
@@ -126,12 +127,13 @@ def evaluate(
     Returns:
         The table of `score_table` for the test set.
     """
+    weights = weights_sha256(state_of({"network": tester.network})["network"])
     validator.run()
     tester.run()
     sites = {run["participant_id"]: str(run["site"]) for run in read_manifest(store)["runs"]}
     task, subjects = test_scores.task, test_scores.subjects
     subjects.insert(1, "site", [sites[name] for name in subjects["participant_id"]])
-    return write_test_scores(task, validation_scores.subjects, subjects, output_dir, resamples, seed)
+    return write_test_scores(task, validation_scores.subjects, subjects, output_dir, resamples, seed, weights=weights)
 
 
 def write_test_scores(
@@ -142,6 +144,7 @@ def write_test_scores(
     resamples: int = 2000,
     seed: int = 0,
     threshold: float | None = None,
+    weights: str | None = None,
 ) -> Scores:
     """Score the test subjects at the validation set's threshold; write `subjects.tsv`, `scores.json`, `scores.png`.
 
@@ -153,6 +156,7 @@ def write_test_scores(
         resamples: bootstrap resamples.
         seed: seed of the bootstrap.
         threshold: to use instead of the one that is best on the validation set.
+        weights: hash of the network that was tested, see `bundle.training.checkpoints.weights_sha256`.
 
     Returns:
         The table of `score_table` for the test set.
@@ -171,6 +175,7 @@ def write_test_scores(
         "bootstrap_seed": seed,
         "scores": table,
     }
+    summary |= {} if weights is None else {"weights_sha256": weights}
     write_json(output_dir / "scores.json", summary)
     figure, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
     task.draw(axes, tested)

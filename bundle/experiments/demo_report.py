@@ -11,6 +11,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.special import expit
@@ -28,7 +29,6 @@ from bundle.preparation.run_report import rugs
 from bundle.preparation.store import read_manifest
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
-from matplotlib.image import imread
 
 PANEL = "original | masked | reconstructed"
 NAMES = {0: "control", 1: "case"}

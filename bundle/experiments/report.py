@@ -9,6 +9,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from bundle.anatomy.atlas import load_atlas
@@ -21,8 +23,6 @@ from bundle.tasks.scores import measure
 from bundle.tasks.task import Task
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 

@@ -115,7 +115,7 @@ def prompts_of(encoder: SwinMambaEncoder, count: int) -> nn.ModuleDict:
 
 def _before(prompts: Prompts, _: Mamba, given: tuple[Any, ...]) -> tuple[Any, ...]:
     tokens, *rest = given  # (windows, l, c)
-    return torch.cat([prompts.tokens.to(tokens).expand(len(tokens), -1, -1), tokens], dim=1), *rest
+    return torch.cat([prompts.tokens.to(tokens).expand(tokens.shape[0], -1, -1), tokens], dim=1), *rest
 
 
 def _after(prompts: Prompts, _: Mamba, given: tuple[Any, ...], result: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class AttentionClassifier(OnEncoder):
             Outputs (n, k), of each run.
         """
         features = image if image.ndim == 3 else self.features(image)
-        return self.head(self.seen(features, [len(features)] if counts is None else counts))
+        return self.head(self.seen(features, [features.shape[0]] if counts is None else counts))
 
     def seen(self, features: Tensor, counts: Sequence[int]) -> Tensor:
         """The weighted means (n, queries * c) of runs' `features` (C, tokens, c), so many clips each."""

@@ -9,7 +9,7 @@ PyTorch. Both ways give the same results up to rounding, so weights and checkpoi
 gives the same bits in every run, whatever the number of threads.
 """
 
-# ruff: noqa: N803 - A, B, C and D are the names of the paper
+# flake8: noqa: N803 - A, B, C and D are the names of the paper
 
 import ctypes
 import importlib.util

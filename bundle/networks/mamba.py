@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from bundle.errors import InputError
-from bundle.networks import compiled
+from bundle.networks import compiled, graphs
 from bundle.networks.scan import selective_scan
 
 logger = logging.getLogger(__name__)
@@ -89,15 +89,9 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Map x (b, l, d) to the same shape and type; weight (d, 1, k) and bias (d,) as `nn.Conv1d` has them."""
-        length = x.shape[1]
-        taps = weight[:, 0].t().contiguous()  # (k, d)
-        padded = functional.pad(x, (0, 0, KERNEL - 1, 0))
+        y, padded, taps = _convolved(x, weight, bias)
         ctx.save_for_backward(padded, taps)
-        y = torch.addcmul(bias, padded[:, :length], taps[0])  # in the weights' type, also under autocast
-        for k in range(1, KERNEL):
-            y.addcmul_(padded[:, k : k + length], taps[k])
-        return y.to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -113,11 +107,32 @@ class _CausalConv(torch.autograd.Function):
         return grad_x, grad_taps.t().unsqueeze(1), grad_y.sum((0, 1))
 
 
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Map x (b, l, d) to the same shape and type; weight (d, 1, k) and bias (d,) as `nn.Conv1d` has them.
+
+    Returns:
+        The result, and what its gradient needs: x padded in front (b, k - 1 + l, d), and the taps (k, d).
+    """
+    length = x.shape[1]
+    taps = weight[:, 0].t().contiguous()
+    padded = functional.pad(x, (0, 0, KERNEL - 1, 0))
+    y = torch.addcmul(bias, padded[:, :length], taps[0])  # in the weights' type, also under autocast
+    for k in range(1, KERNEL):
+        y.addcmul_(padded[:, k : k + length], taps[k])
+    return y.to(x.dtype), padded, taps
+
+
+def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if graphs.gradient_needed(x, weight, bias):
+        return _CausalConv.apply(x, weight, bias)
+    return _convolved(x, weight, bias)[0]
+
+
 def around(scan: Scan) -> Kernels:
     """PyTorch's convolution, softplus and gate around a selective scan."""
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return functional.silu(_CausalConv.apply(x, weight, bias))
+        return functional.silu(_causal_conv(x, weight, bias))
 
     def gated(
         u: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, gate: Tensor, saved: list[Tensor] | None

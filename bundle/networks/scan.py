@@ -15,17 +15,19 @@ In PyTorch they make many short parallel calls. On a CPU that other processes us
 waiting between them make them up to ten times slower; set OMP_WAIT_POLICY=passive, or use one thread per process.
 """
 
-# ruff: noqa: N803, N806 - A, B, C and D are the names of the paper
+# flake8: noqa: N803, N806 - A, B, C and D are the names of the paper
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bundle.networks import compiled
+from bundle.networks import compiled, graphs
 from bundle.networks.compiled import CHUNK
 
 CPU_TILE = 1 << 20  # elements of a work buffer, 4 MiB: smaller pays more per call, larger leaves the cache
@@ -33,11 +35,11 @@ CUDA_TILE = 1 << 27  # elements of a work buffer, 512 MiB: few, large kernels ma
 
 
 def selective_scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """Same as `selective_scan`, written as the textbook loop: the reference for tests and benchmarks.
+    """Same as `selective_scan`, written as the textbook loop: the reference for tests, benchmarks and TorchScript.
 
     Plain autograd keeps every state, so this is slow and needs about N times the memory.
     """
-    state = u.new_zeros(u.shape[0], *A.shape)  # (b, d, n)
+    state = u.new_zeros(u.shape[0], A.shape[0], A.shape[1])  # (b, d, n)
     outputs = []
     for t in range(u.shape[1]):
         gain = torch.exp(delta[:, t, :, None] * A)
@@ -67,8 +69,41 @@ def selective_scan(
         y (b, l, d), differentiable once with respect to every argument.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
-    with torch.autocast(u.device.type, enabled=False):
-        return _SelectiveScan.apply(*(tensor.to(dtype) for tensor in (u, delta, A, B, C, D)), saved_states)
+    with nullcontext() if graphs.written_down() else torch.autocast(u.device.type, enabled=False):
+        tensors = [tensor.to(dtype) for tensor in (u, delta, A, B, C, D)]
+        if graphs.exporting():
+            return _scan_operator(*tensors)
+        if torch.jit.is_tracing():
+            return _scripted_loop()(*tensors)
+        if saved_states is None and not graphs.gradient_needed(*tensors):
+            walk, _ = _walks(*tensors)
+            return walk(*tensors)[0]
+        return _SelectiveScan.apply(*tensors, saved_states)
+
+
+def _scan_operator(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Same as `selective_scan`, as one operator of a graph: unrolled, each token would have nodes of its own.
+
+    The operator is private in PyTorch; tests/networks/test_graphs.py says when it changes. ONNX has one like it. Its
+    public front, `torch._higher_order_ops.scan`, does the same after a compilation of seconds for each block.
+    """
+    from torch._higher_order_ops.scan import scan_op
+
+    def step(state: Tensor, drive: Tensor, delta: Tensor, b: Tensor, c: Tensor, decay: Tensor) -> list[Tensor]:
+        """Map (b, d, n) and a token's (b, d), (b, d), (b, n), (b, n) to the next state and y (b, d)."""
+        state = torch.exp(delta.unsqueeze(2) * decay) * state + drive.unsqueeze(2) * b.unsqueeze(1)
+        return [state, torch.matmul(state, c.unsqueeze(2)).squeeze(2)]
+
+    start = u.new_zeros(u.shape[0], A.shape[0], A.shape[1])
+    tokens = [tensor.transpose(0, 1) for tensor in (delta * u, delta, B, C)]
+    _, y = scan_op(step, [start], tokens, (A,))
+    return y.transpose(0, 1) + D * u
+
+
+@cache
+def _scripted_loop() -> Callable[..., Tensor]:
+    """The textbook loop in TorchScript, which a trace keeps as a loop."""
+    return torch.jit.script(selective_scan_loop)
 
 
 def rows_per_tile(device: torch.device, states: int, channels: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bundle.errors import InputError
+from bundle.networks.graphs import written_down
 from bundle.networks.mamba import STATES, Mamba, kernels_for
 from bundle.networks.redundancy import RedundancyDropout, check_rate
 from bundle.networks.scan import rows_per_tile
@@ -72,7 +73,10 @@ class WindowBlock(nn.Module):
         if brain is None:
             return layout.join(self._run(windows, window, real, sides))
         places = brain.to(tokens.device).view(1, *brain.shape, 1, 1).expand(batch, *grid, 1)
-        (chosen,) = layout.cut(places).any(dim=(1, 2)).nonzero(as_tuple=True)
+        run = layout.cut(places).any(dim=(1, 2))
+        if written_down():  # which windows hold brain differs from image to image: run all, and take those
+            return layout.join(self._run(windows, window, real, sides).where(run.view(-1, 1, 1), windows))
+        (chosen,) = run.nonzero(as_tuple=True)
         blank, side = (None if each is None else each[chosen] for each in (real, sides))
         done = self._run(windows[chosen], window, blank, side)
         return layout.join(windows.index_copy(0, chosen, done.to(windows.dtype)))
@@ -82,6 +86,8 @@ class WindowBlock(nn.Module):
 
     def _run(self, windows: Tensor, window: tuple[int, ...], real: Tensor | None, sides: Tensor | None) -> Tensor:
         """Run all windows (n, l, c), some at a time; `real` (n, l, 1) is False for padding, `sides` as in `Windows`."""
+        if written_down():  # one tile, or what is written down would repeat itself for each
+            return self._tile(windows, real, None)
         channels = windows.shape[-1]
         tiles = math.ceil(len(windows) / rows_per_tile(windows.device, STATES, 2 * channels)) or 1
         blanks = [None] * tiles if real is None else real.chunk(tiles)
@@ -93,7 +99,8 @@ class WindowBlock(nn.Module):
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def _tile(self, windows: Tensor, real: Tensor | None, drop: RedundancyDropout | None) -> Tensor:
-        if torch.is_grad_enabled() and (kernels_for(windows.device.type).plain or self.checkpointing):
+        keeps = torch.is_grad_enabled() and not written_down()
+        if keeps and (kernels_for(windows.device.type).plain or self.checkpointing):
             saved: list[Tensor] | None = None if self.checkpointing else []
             return checkpoint(self._mix, windows, real, drop, saved, use_reentrant=False, preserve_rng_state=False)
         return self._mix(windows, real, drop)

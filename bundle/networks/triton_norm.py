@@ -4,7 +4,7 @@ A program normalises some rows at a time. Everything inside is float32. Gradient
 parts that PyTorch sums; there are no atomics.
 """
 
-# ruff: noqa: N803
+# flake8: noqa: N803
 # mypy: disable-error-code="misc, no-untyped-def"
 
 from typing import Any

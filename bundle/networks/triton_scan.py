@@ -17,7 +17,7 @@ Importing this module imports triton. With TRITON_INTERPRET=1 set before that, t
 
 # A, B, C and D are the names of the paper, and Triton's compile-time constants are capitals; it knows no unpacking,
 # and its language is not quite Python
-# ruff: noqa: N803, N806, RUF005
+# flake8: noqa: N803, N806, RUF005
 # mypy: disable-error-code="misc, assignment, attr-defined, operator, no-untyped-def"
 
 import math

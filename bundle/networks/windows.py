@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bundle.networks.graphs import gradient_needed
+
 
 def fit_window(
     grid: Sequence[int], window: Sequence[int], shift: Sequence[int]
@@ -42,6 +44,11 @@ class _Reorder(torch.autograd.Function):
         return grad.index_select(1, inverse), None, None
 
 
+def _reorder(tokens: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Take tokens by index along axis 1."""
+    return _Reorder.apply(tokens, index, inverse) if gradient_needed(tokens) else tokens.index_select(1, index)
+
+
 class Windows:
     """Where each token of a grid stands once it is padded to whole windows, shifted and cut into windows.
 
@@ -74,7 +81,7 @@ class Windows:
 
     def cut(self, tokens: Tensor) -> Tensor:
         """Turn (b, x, y, z, t, c) into windows (b * windows, volume, c)."""
-        flat = _Reorder.apply(tokens.flatten(1, 4), self._order, self._inverse)
+        flat = _reorder(tokens.flatten(1, 4), self._order, self._inverse)
         return flat.reshape(-1, self.volume, tokens.shape[-1])
 
     def join(self, windows: Tensor) -> Tensor:
@@ -82,7 +89,7 @@ class Windows:
         if self.real is not None:
             windows = windows.view(-1, *self.real.shape[:2], windows.shape[-1]).where(self.real, 0)
         flat = windows.reshape(-1, len(self._order), windows.shape[-1])
-        return _Reorder.apply(flat, self._inverse, self._order).unflatten(1, self.grid)
+        return _reorder(flat, self._inverse, self._order).unflatten(1, self.grid)
 
     def sides(self) -> Tensor | None:
         """Which tokens of a window lie together in the grid, too: int8 (windows, volume), or None if all do.

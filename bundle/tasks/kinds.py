@@ -33,7 +33,7 @@ def task_of(target: Target, splits_file: str | Path, outputs: int | None = None)
         if outputs not in (None, task.outputs):
             raise InputError(
                 f"{target.column!r} has the classes {', '.join(target.classes)}, but the network has {outputs} "
-                f'outputs; say the classes and their order: --classes "{list(target.classes)}"'
+                f"outputs; say the classes and their order: --classes {str(list(target.classes))!r}"
             )
         return task
     train = load_splits(splits_file)["sets"]["train"]

@@ -1,5 +1,6 @@
 """Checkpoints: written atomically, resumed only under the same settings, loaded without running code."""
 
+import hashlib
 import io
 import json
 import logging
@@ -22,7 +23,7 @@ from torch import nn
 from bundle.errors import InputError
 from bundle.files import WriteError, clean_unfinished, write_bytes
 from bundle.training.distributed import leave_group, lost_process
-from bundle.training.provenance import TRAINING_ONLY, Provenance
+from bundle.training.provenance import TRAINING_ONLY, Provenance, entries
 from bundle.training.signals import StopSignals, end_now
 
 logger = logging.getLogger(__name__)
@@ -280,6 +281,17 @@ def checkpoint_bytes(state: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
+
+
+def weights_sha256(state: Mapping[str, Any]) -> str:
+    """Hash of a network's state dict, whatever file it is in: of all names, types, shapes and bits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(entries(dict(state))):
+        is_tensor = isinstance(value, torch.Tensor)
+        digest.update(f"{name} {(value.dtype, tuple(value.shape)) if is_tensor else value!r}\n".encode())
+        if is_tensor:
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import fire
 from bundle.errors import InputError
 from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
+from scripts.benchmarks.formats import formats
 from scripts.benchmarks.gpu import gpu, profile
 from scripts.benchmarks.kernels import kernels
 from scripts.benchmarks.launches import launches
@@ -33,6 +34,7 @@ def main() -> None:
         "memory": memory,
         "background": background,
         "floor": floor,
+        "formats": formats,
         "kernels": kernels,
         "launches": launches,
         "augmentation": augmentation,

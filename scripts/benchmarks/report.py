@@ -7,6 +7,7 @@ from pathlib import Path
 from bundle.errors import InputError
 from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
+from scripts.benchmarks.formats import formats
 from scripts.benchmarks.gpu import gpu, profile
 from scripts.benchmarks.kernels import kernels
 from scripts.benchmarks.launches import launches
@@ -21,6 +22,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "background": background,
     "scaling": scaling,
     "floor": floor,
+    "formats": formats,
     "gpu": gpu,
     "profile": profile,
     "kernels": kernels,
@@ -38,8 +40,8 @@ def report(
     """Measure anew and replace sections of the page. At full size this takes about half an hour on two CPU cores.
 
     Args:
-        sections: one or several of table, memory, background, scaling, floor, augmentation, redundancy, launches,
-            many_runs; kernels where triton is installed; gpu and profile where there is a GPU.
+        sections: one or several of table, memory, background, scaling, floor, formats, augmentation, redundancy,
+            launches, many_runs; kernels where triton is installed; gpu and profile where there is a GPU.
         page: Markdown with `<!-- benchmarks NAME -->` ... `<!-- end -->` around each section.
 
     Raises:

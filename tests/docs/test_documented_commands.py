@@ -31,6 +31,7 @@ from bundle.experiments.sweep import read_sweep
 from scripts.__main__ import COMMANDS, main
 from scripts.benchmarks.background import background
 from scripts.benchmarks.floor import floor
+from scripts.benchmarks.formats import formats
 from scripts.benchmarks.gpu import gpu, profile
 from scripts.benchmarks.launches import launches
 from scripts.benchmarks.many_runs import many_runs
@@ -54,6 +55,7 @@ BENCHMARKS = {
         memory,
         background,
         floor,
+        formats,
         report,
         augmentation,
         redundancy,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
@@ -14,6 +15,7 @@ from tasks import BINARY, binary_table, subjects_of
 from bundle.errors import InputError
 from bundle.evaluation.subjects import evaluate, write_test_scores
 from bundle.tasks.binary import youden_threshold
+from bundle.training.checkpoints import weights_sha256
 
 
 @settings(max_examples=100, deadline=None)
@@ -87,9 +89,10 @@ def test_threshold_comes_from_validation_and_files_are_written(store, tmp_path):
     found = subjects_of([0, 0, 1, 1], [-9, -8, -7, 5], ["sub-00", "sub-01", "sub-02", "sub-03"]).drop(columns="site")
     test = SimpleNamespace(task=BINARY, subjects=found)
     order: list[str] = []
+    network = torch.nn.Linear(2, 1)
     table = evaluate(
         SimpleNamespace(run=lambda: order.append("validation")),
-        SimpleNamespace(run=lambda: order.append("test")),
+        SimpleNamespace(run=lambda: order.append("test"), network=network),
         validation,
         test,
         store,
@@ -99,6 +102,7 @@ def test_threshold_comes_from_validation_and_files_are_written(store, tmp_path):
     assert order == ["validation", "test"]
     summary = json.loads((tmp_path / "scores.json").read_text())
     assert summary["threshold"] == -0.5
+    assert summary["weights_sha256"] == weights_sha256(network.state_dict())
     assert table["accuracy"]["value"] == 0.75
     written = pd.read_csv(tmp_path / "subjects.tsv", sep="\t")
     assert written["predicted"].tolist() == [0, 0, 0, 1]

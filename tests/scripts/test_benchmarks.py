@@ -20,6 +20,7 @@ from bundle.networks.swin_mamba import SwinMambaEncoder
 from scripts.benchmarks.background import background
 from scripts.benchmarks.cases import QUICK, clip, scan_arguments, stages
 from scripts.benchmarks.floor import block_counts, clip_counts
+from scripts.benchmarks.formats import formats
 from scripts.benchmarks.gpu import gpu, working
 from scripts.benchmarks.launches import launches
 from scripts.benchmarks.many_runs import STEPS, reading, step
@@ -54,6 +55,13 @@ def test_the_table_has_every_case_and_no_failure():
     for case in ("bf16", "classifier inference", "TorchScript", "torch.export", "loading"):
         assert case in names
     assert not any("fails" in row[1] for row in rows)
+
+
+def test_every_format_has_a_row_and_gives_what_the_network_gives():
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; pip install -e .[formats]")
+    rows = cells(formats(quick=True, repeats=1))[2:]
+    assert [row[0] for row in rows] == ["network", "pt2", "onnx", "torchscript"]
+    assert all(float(row[4]) < 1e-4 for row in rows[1:])
 
 
 def test_the_gpu_command_runs_on_a_cpu_to_be_checked():

@@ -225,11 +225,12 @@ def odd(draw: np.random.Generator):
 
     def change(number: int, item) -> None:
         if at in (-1, number) and name in item:
+            item["PixelData"].VR = "OW"  # which cannot be guessed any more where BitsAllocated is gone
             if gone:
                 del item[name]
                 return
             kind = item[name].VR
-            if kind == "OW":
+            if name == "PixelData":
                 item[name].value = item[name].value[: 2 * int(draw.integers(0, 900))]
             elif kind in ("US", "SS"):
                 item[name].value = int(float(value)) % 65536 if value in ("0", "65535", "1.5") else 3

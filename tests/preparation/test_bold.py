@@ -425,3 +425,13 @@ def test_names_that_lead_nowhere_are_refused(tmp_path):
     for path in (loop, tmp_path / f"{'x' * 300}.nii"):
         with pytest.raises(InputError, match="does not exist"):
             bold.open_bold(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"RepetitionTime":' * 100_000, "[2.0]", "\x00"])
+def test_a_sidecar_that_is_no_object_is_refused(tmp_path, signal, text):
+    """Found by `python -m tests.fuzz`: nested without end, it ended in an error of Python's own."""
+    path = save_bold(tmp_path / "run.nii", signal)
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"run\.json is not a JSON object") as caught:
+        bold.open_bold(path)
+    assert one_sentence(str(caught.value))

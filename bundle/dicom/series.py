@@ -3,6 +3,7 @@
 Clocks are not believed: the order is that of temporal positions and of instance numbers, the TR is RepetitionTime.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -189,8 +190,10 @@ def _refuse_gaps(instances: Sequence[int], identities: Sequence[str]) -> None:
             raise IncompleteError(f"holds the instance {instance} {counts[identity]} times")
     if doubled := [number for number, count in Counter(instances).items() if count > 1]:
         raise IncompleteError(f"holds the instance number {doubled[0]} twice, with different content")
-    if missing := sorted(set(range(1, max(instances) + 1)) - set(instances)):
-        raise IncompleteError(f"lacks {len(missing)} of {max(instances)} instances, the first being {missing[0]}")
+    positive = {number for number in instances if number > 0}
+    if lacking := max(positive, default=0) - len(positive):  # counted, not listed: a number may be beyond all memory
+        first = next(number for number in itertools.count(1) if number not in positive)
+        raise IncompleteError(f"lacks {lacking} of {max(positive)} instances, the first being {first}")
     if min(instances) < 1:
         raise IncompleteError("has an instance without a number")
 

@@ -94,6 +94,12 @@ def leave_out(*numbers: int) -> Callable:
     return lambda number, item: number not in numbers
 
 
+def huge_instance(number: int, item: Dataset) -> None:
+    """Found by tests/fuzz.py: all numbers up to it are more than any memory holds."""
+    if number == 9:
+        item["InstanceNumber"].value = "9" * 12
+
+
 def renumbered(number: int, item: Dataset) -> bool:
     """One slice is lost and the numbers are made to fit, as a tool that renames files may do."""
     item.InstanceNumber = number if number > 37 else number + 1
@@ -164,6 +170,7 @@ def shuffled_within_volumes(number: int, item: Dataset) -> None:
     [
         (leave_out(37), True, "lacks 1 of 60 instances, the first being 38"),
         (leave_out(*range(24, 30)), True, "lacks 6 of 60 instances"),
+        (huge_instance, True, "lacks 999999999939 of 999999999999 instances, the first being 10"),
         (leave_out(59), True, "has 9 to 10 images of a slice"),
         (leave_out(*range(54, 60)), True, "holds 9 of the 10 volumes"),
         (renumbered, True, "has 9 to 10 images of a slice"),

@@ -327,9 +327,9 @@ def count_frames(store: str | Path, run_id: str) -> int:
     return len(_open_array(_folder(store, run_id), "frames.npy"))
 
 
-def array_files(store: str | Path, run_id: str) -> list[Path]:
+def array_files(store: str | Path, run_id: str) -> list[str]:
     """The files of a run that hold its arrays: frames, voxels and moments."""
-    return [Path(store) / "runs" / run_id / f"{name}.npy" for name in _ARRAYS]
+    return [f"{store}/runs/{run_id}/{name}.npy" for name in _ARRAYS]
 
 
 def is_intact(store: str | Path, record: dict) -> bool:

@@ -20,7 +20,7 @@ from bundle.data.normalisation import Normalisation
 from bundle.data.transforms import ReadClipd, ScatterClipd, TimeLastd
 from bundle.deploy.release import ReleasedModel, open_model
 from bundle.errors import InputError
-from bundle.files import file_sha256, versions, write_json, written_whole
+from bundle.files import file_sha256, versions, write_bytes, write_json, written_whole
 from bundle.heads.fitted import FittedHead
 from bundle.preparation.store import read_manifest
 from bundle.training.provenance import Provenance
@@ -259,11 +259,11 @@ def _clips_of(store: str | Path, model: ReleasedModel, frames: int) -> Tensor:
 
 def _save_weights(network: nn.Module, path: Path) -> None:
     """Write a state dict; what a head was fitted to is `fitted.NAME`, and its settings are metadata."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = network.state_dict()
     extra = state.pop("_extra_state", {"fitted": {}})
     state |= {f"fitted.{name}": tensor for name, tensor in extra["fitted"].items()}
     settings = json.dumps(extra.get("settings", {}))
-    with written_whole(path) as unfinished:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, unfinished, {"settings": settings})
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    write_bytes(path, save(tensors, {"settings": settings}))  # `save_file` would let nobody else read it

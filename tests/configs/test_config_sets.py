@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from monai.bundle import ConfigParser
 from small_stores import planted_store
 from tasks import BINARY, subjects_of
@@ -100,7 +101,7 @@ def test_the_test_config_takes_the_threshold_from_validation(small_store, tmp_pa
         members = [run["participant_id"] for run in read_manifest(small_store)["runs"]][:4]
         rows = subjects_of([0, 0, 1, 1], logits, members).drop(columns="site")
         parser[f"{name}_scores"] = SimpleNamespace(subjects=rows, task=BINARY)
-        evaluator = SimpleNamespace(run=lambda name=name: ran.append(name))
+        evaluator = SimpleNamespace(run=lambda name=name: ran.append(name), network=torch.nn.Linear(1, 1))
         parser["validate#evaluator" if name == "validation" else "evaluator"] = evaluator
     parser.get_parsed_content("run#1")
     assert ran == ["validation", "test"]

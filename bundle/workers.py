@@ -1,5 +1,6 @@
 """Where work is done: in processes on this machine, or by the workers of a Dask scheduler."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -59,3 +60,19 @@ def dask_executor(scheduler: str) -> Iterator[tuple[Executor, type[Exception]]]:
     with client:
         # pure=False: a task of an earlier call, whose files have changed since, must not be taken for this one
         yield client.get_executor(pure=False), KilledWorker
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within, the garbage collector rests, and afterwards it leaves alone what there is by then.
+
+    For the records of many runs: millions of small objects without cycles, that it would walk through again and again.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()

@@ -23,7 +23,7 @@ from bundle.preparation.pictures import stored_picture
 from bundle.preparation.seen import IDENTITY, fingerprint, read_seen, source_stamps, write_seen
 from bundle.preparation.sources import Run
 from bundle.preparation.transforms import StoreRund
-from bundle.workers import parallel_map
+from bundle.workers import parallel_map, uncollected
 
 logger = logging.getLogger(__name__)
 
@@ -83,18 +83,19 @@ def prepare(
     write = store_at if isinstance(store_at, StoreRund) else StoreRund(store_at)
     folder = write.folder
     store.clean_unfinished(folder)
-    stored = store.read_records(folder)
-    store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
-    stamps = [source_stamps(run) for run in runs]  # before anything is read
-    seen = {} if rehash else read_seen(folder)
-    wanted = preparation.parameters_hash
-    same = [
-        (record := stored.get(run["run_id"])) is not None
-        and record["parameters_hash"] == wanted
-        and run["run_id"] in seen
-        and seen[run["run_id"]] == fingerprint(run, own, record, folder)
-        for run, own in zip(runs, stamps, strict=True)
-    ]
+    with uncollected():
+        stored = store.read_records(folder)
+        store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
+        stamps = [source_stamps(run) for run in runs]  # before anything is read
+        seen = {} if rehash else read_seen(folder)
+        wanted = preparation.parameters_hash
+        same = [
+            (record := stored.get(run["run_id"])) is not None
+            and record["parameters_hash"] == wanted
+            and run["run_id"] in seen
+            and seen[run["run_id"]] == fingerprint(run, own, record, folder)
+            for run, own in zip(runs, stamps, strict=True)
+        ]
 
     with parallel_map(workers, scheduler) as each:
         identities = identify_runs(preparation, runs, stored, each, same)
@@ -116,14 +117,15 @@ def prepare(
         elif row["status"] == "failed" and row["run_id"] in stored:
             row["reason"] += "; the store still holds the version prepared earlier"
 
-    manifest = store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
-    records = {record["run_id"]: record for record in manifest["runs"]}
-    found = {
-        run["run_id"]: seen[run["run_id"]] if known else fingerprint(run, own, records[run["run_id"]], folder)
-        for run, own, known, row in zip(runs, stamps, same, rows, strict=True)
-        if row["status"] in _STORED and run["run_id"] in records
-    }
-    write_seen(folder, found)
+    with uncollected():
+        manifest = store.write_manifest(folder, preparation.parameters(), preparation.parameters_hash)
+        records = {record["run_id"]: record for record in manifest["runs"]}
+        found = {
+            run["run_id"]: seen[run["run_id"]] if known else fingerprint(run, own, records[run["run_id"]], folder)
+            for run, own, known, row in zip(runs, stamps, same, rows, strict=True)
+            if row["status"] in _STORED and run["run_id"] in records
+        }
+        write_seen(folder, found)
     if unlisted := sorted({run["run_id"] for run in manifest["runs"]} - {run["run_id"] for run in runs}):
         logger.warning(
             "%s holds %d runs that are not in this source and stay in use, such as %s; where they should not be, take "

@@ -15,6 +15,7 @@ from bundle.preparation.sources.participants import (
     run_id_of,
     with_participant,
 )
+from bundle.workers import uncollected
 
 
 def from_table(table: str | Path, labels: Labels = "required") -> list[Run]:
@@ -39,7 +40,8 @@ def from_table(table: str | Path, labels: Labels = "required") -> list[Run]:
     sites = rows.groupby("participant_id")["site"].nunique(dropna=False)
     if (sites > 1).any():
         raise InputError(f"{table} gives {sites.idxmax()} more than one site; correct its rows")
-    runs = [_run(row, number, table, labels) for number, row in enumerate(records(rows), start=2)]
+    with uncollected():
+        runs = [_run(row, number, table, labels) for number, row in enumerate(records(rows), start=2)]
     repeated = [run_id for run_id, count in Counter(run["run_id"] for run in runs).items() if count > 1]
     if repeated:
         raise InputError(f"{table} gives more than one row the run id {repeated[0]}; add a unique run_id column")

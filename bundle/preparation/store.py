@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from bundle import files
 from bundle.errors import InputError
 from bundle.files import Stamp, remove_path, settled, stamp_of, unfinished_beside, write_text
+from bundle.workers import uncollected
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,8 @@ def _read_index(path: Path, _stamp: tuple[int, ...]) -> dict[str, Any]:
                 kept[key] = shared.setdefault(value, value)
         return kept
 
-    return _read_json(path, brief)
+    with uncollected():
+        return _read_json(path, brief)
 
 
 def _manifest_at(store: str | Path) -> Path:

@@ -31,9 +31,14 @@ def masked_mse(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
 
 def masked_squared_error(prediction: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of squared errors over masked places, in float32, and the number of those places; both on the device."""
-    places = mask if mask.ndim == image.ndim else mask.unsqueeze(-1)
+    places = with_frames(mask, image)
     count = places.sum() * (image.numel() // places.numel())
     return _MaskedSquares.apply(prediction, image, places), count
+
+
+def with_frames(mask: Tensor, image: Tensor) -> Tensor:
+    """A mask of an image `(B, 1, X, Y, Z, T)` with an axis of frames: 1 long where it holds for all of them, else T."""
+    return mask if mask.ndim == image.ndim else mask.unsqueeze(-1)
 
 
 class _MaskedSquares(torch.autograd.Function):
@@ -117,5 +122,5 @@ class RegionWeightedMSELoss(nn.Module):
 
     def _weight(self, target: dict[str, Tensor]) -> Tensor:
         """(B, 1, X, Y, Z, 1 or T), 0 where nothing is masked."""
-        mask = target["mask"] if target["mask"].ndim == target["image"].ndim else target["mask"].unsqueeze(-1)
+        mask = with_frames(target["mask"], target["image"])
         return self.voxel_weight.to(mask.device) * mask

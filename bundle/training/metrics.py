@@ -13,7 +13,7 @@ from torch import Tensor
 from bundle.anatomy.atlas import AAL3, ALL, load_atlas, region_choices
 from bundle.anatomy.parcels import region_index
 from bundle.data.engine_output import EngineMetric
-from bundle.training.losses import masked_squared_error
+from bundle.training.losses import masked_squared_error, with_frames
 
 
 class MeanLoss(Metric):
@@ -173,9 +173,7 @@ def _hidden_courses(prediction: Tensor, target: dict) -> tuple[Tensor, Tensor, T
     Returns:
         These three, and which voxels they are, bool (B, 1, X, Y, Z).
     """
-    mask = target["mask"]
-    if mask.ndim == prediction.ndim - 1:
-        mask = mask.unsqueeze(-1).expand_as(prediction)
+    mask = with_frames(target["mask"], prediction).expand_as(prediction)
     voxels = mask.any(dim=-1)
     y, p, hidden = target["image"][voxels], prediction.detach()[voxels], mask[voxels]  # (B, 1, X, Y, Z, T) -> (V, T)
     return _around_mean(y), _around_mean(torch.where(hidden, p, y)), hidden, voxels
@@ -210,7 +208,7 @@ class RegionMSE(EngineMetric):
     def update(self, output: tuple[Tensor, dict]) -> None:
         """Add a batch: prediction `(B, 1, X, Y, Z, T)` on the fixed grid, and its `{"image", "mask"}`."""
         prediction, target = output
-        mask = target["mask"] if target["mask"].ndim == prediction.ndim else target["mask"].unsqueeze(-1)
+        mask = with_frames(target["mask"], prediction)
         squared = (prediction.detach().float() - target["image"].float()).square() * mask
         frames = mask.expand_as(prediction).sum((0, 1, -1))  # (X, Y, Z)
         index, size = self.index.flatten(), len(self.regions) + 1

@@ -64,9 +64,11 @@ def dask_executor(scheduler: str) -> Iterator[tuple[Executor, type[Exception]]]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Within, the garbage collector rests, and afterwards it leaves alone what there is by then.
+    """Within, the garbage collector rests, and afterwards it takes what there is by then for old.
 
     For the records of many runs: millions of small objects without cycles, that it would walk through again and again.
+    Frozen for good, as by `gc.freeze` alone, whatever else lives by then would never be collected: a network, its
+    memory on a GPU, the threads of its group.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -74,5 +76,6 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        gc.unfreeze()  # both: from the young generations to the oldest, with no walk
         if enabled:
             gc.enable()

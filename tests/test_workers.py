@@ -1,6 +1,7 @@
 """The garbage collector around many records. Not covered: `parallel_map`, see tests/preparation/test_prepare.py."""
 
 import gc
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -21,14 +22,24 @@ def test_the_collector_rests_within_and_is_afterwards_as_it_was(before: bool):
         (gc.enable if was else gc.disable)()
 
 
-def test_what_was_there_is_left_alone_and_what_comes_later_is_collected():
-    gc.unfreeze()
+class Node:
+    """An object that refers to itself: the collector alone can free it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_was_there_is_old_and_still_collected():
+    frozen = gc.get_freeze_count()
+    before = Node()
+    seen = weakref.ref(before)
     with uncollected():
         kept = [[number] for number in range(1000)]
-    assert gc.get_freeze_count() > len(kept)
-    later: list = []
-    later.append(later)  # a cycle
-    number = id(later)
-    assert any(id(one) == number for one in gc.get_objects())
-    del later
-    assert gc.collect() >= 1
+        within = weakref.ref(Node())
+        assert within() is not None
+    assert gc.get_freeze_count() <= frozen
+    assert {id(one) for one in kept} <= {id(one) for one in gc.get_objects(generation=2)}
+    del before
+    gc.collect()
+    assert seen() is None
+    assert within() is None

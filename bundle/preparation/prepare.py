@@ -239,6 +239,8 @@ def _refuse_duplicates(runs: Sequence[Run], identities: Sequence[dict], stored: 
                 f"its own or another run id, or take runs/{run['run_id']} out of the store if this one replaces it"
             )
     for content, members in by_content.items():
+        if len(members) == 1 and content not in others:
+            continue
         names = {index: f"{runs[index]['run_id']} ({runs[index]['bold']})" for index in members}
         for index in members:
             same = [name for other, name in names.items() if other != index]

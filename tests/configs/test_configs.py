@@ -353,7 +353,8 @@ def test_two_processes_train_as_one_at_the_same_batch_size(store: Path, tmp_path
     They have left their group when they end: its threads, which Linux lists, could else abort one.
     """
     settings = {"regions": ["limbic", "frontal"], "mask_fraction": 0.5}  # hides other numbers of voxels in each clip
-    overlay = {"store": None, "dataset_dir": "@store", "+initialize": [{"_target_": "threads_at_end.list_threads"}]}
+    begin = [{"_target_": "trainings.use_plain_scan"}, {"_target_": "threads_at_end.list_threads"}]
+    overlay = {"store": None, "dataset_dir": "@store", "+initialize": begin}
     done = two_processes(store, tmp_path, overlay, **settings)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("at the end") == 2

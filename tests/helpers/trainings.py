@@ -91,6 +91,11 @@ def start(log: Path, given: list[str], **environment: str) -> Any:
     return process
 
 
+def use_plain_scan() -> None:
+    """Where the compiled scan is installed too, as the tests' own process does: the two scans differ in their bits."""
+    bundle.networks.compiled.library = lambda: None
+
+
 def _command(log: str, given: list[str], environment: dict[str, str]) -> None:
     with open(log, "ab") as file:  # noqa: PTH123
         os.dup2(file.fileno(), 1)
@@ -98,7 +103,7 @@ def _command(log: str, given: list[str], environment: dict[str, str]) -> None:
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     os.environ.update(environment)
     torch.set_num_threads(1)
-    bundle.networks.compiled.library = lambda: None  # the plain scan, as in the tests' own process: equal to the bit
+    use_plain_scan()
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as without this server
     sys.argv = ["monai.bundle", *given]
     try:

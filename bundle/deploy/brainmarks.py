@@ -21,6 +21,7 @@ from bundle.anatomy import grid
 from bundle.anatomy.atlas import AAL3
 from bundle.data.normalisation import Normalisation
 from bundle.data.transforms import ScatterClipd, TimeLastd
+from bundle.deploy.embed import plain_encoder
 from bundle.errors import InputError
 from bundle.heads.covariance import CovarianceReadout, correlation_of_labels
 from bundle.heads.pooling import pool
@@ -28,7 +29,7 @@ from bundle.networks.precision import autocast
 from bundle.preparation.bold import TR_RANGE
 from bundle.preparation.scaling import resample_tr, run_moments, zscore
 from bundle.preparation.transforms import Item
-from bundle.training.checkpoints import encoder_weights, load_checkpoint, saved_facts
+from bundle.training.checkpoints import load_checkpoint, saved_facts
 
 logger = logging.getLogger(__name__)
 
@@ -204,8 +205,5 @@ def _readout(saved: Mapping[str, Any], facts: Mapping[str, Any], path: str, atla
         readout.load_state_dict(saved["network"], strict=True)
         return readout
     readout = CovarianceReadout(level="label", atlas=atlas, **facts["network"])
-    try:
-        readout.encoder.load_state_dict(encoder_weights(saved), strict=True)
-    except RuntimeError as error:  # how torch reports keys that do not fit
-        raise InputError(f"{path}: its encoder is not the plain one; give a checkpoint of a pretraining") from error
+    readout.encoder.load_state_dict(plain_encoder(saved, facts, path).state_dict())
     return readout

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,20 @@ def frozen_encoder(path: str | Path) -> tuple[SwinMambaEncoder, dict[str, Any]]:
     else:
         saved = load_checkpoint(path)
         facts = saved_facts(saved, path)
+    return plain_encoder(saved, facts, path).requires_grad_(False).eval(), facts
+
+
+def plain_encoder(saved: Mapping[str, Any], facts: Mapping[str, Any], path: str | Path) -> SwinMambaEncoder:
+    """The encoder of a checkpoint that was read, see `bundle.training.checkpoints`.
+
+    Raises:
+        InputError: what the checkpoint predicts is not read of the encoder alone (LoRA, prompts).
+    """
     if any(name.startswith(("updates.", "prompts.")) for name in saved["network"]):
         raise InputError(f"{path}: its encoder works with LoRA or prompts beside it; give the one that it began from")
     encoder = SwinMambaEncoder(**facts["network"])
     encoder.load_state_dict(encoder_weights(saved), strict=True)
-    return encoder.requires_grad_(False).eval(), facts
+    return encoder
 
 
 def embed(

@@ -24,6 +24,7 @@ from bundle.data.normalisation import Normalisation
 from bundle.deploy import brainmarks
 from bundle.deploy.brainmarks import AFFINE, SHAPE, RunEmbedder, SampleTransform, correlation_of_labels, onto_grid
 from bundle.errors import InputError
+from bundle.heads.adapted import AdaptedClassifier
 from bundle.heads.covariance import CovarianceReadout
 from bundle.heads.mean import Classifier
 from bundle.preparation.chain import load_preparation
@@ -331,11 +332,10 @@ def test_what_was_cleaned_in_training_is_said(run, tmp_path, caplog):
     assert "was trained on runs cleaned by {'high_pass': 0.01}" in caplog.text
 
 
-def test_an_encoder_of_another_kind_is_refused(run, tmp_path):
-    network = Classifier(**SIZE)
-    network.encoder.adapter = torch.nn.Linear(2, 2)
-    with pytest.raises(InputError, match="its encoder is not the plain one"):
-        brainmarks.suite_model(run.mask, checkpoint(tmp_path, network))
+@pytest.mark.parametrize("beside", [{"rank": 2}, {"prompts": 2}])
+def test_an_encoder_that_works_with_something_beside_it_is_refused(run, tmp_path, beside):
+    with pytest.raises(InputError, match="works with LoRA or prompts beside it"):
+        brainmarks.suite_model(run.mask, checkpoint(tmp_path, AdaptedClassifier(**beside, **SIZE)))
 
 
 # --- how the suite finds it -------------------------------------------------------------------------------------------

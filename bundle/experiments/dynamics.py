@@ -127,14 +127,15 @@ def rebuilt(plan: Plan) -> pd.DataFrame:
     """How well hidden regions of the pretraining cohort's test subjects are rebuilt.
 
     Returns:
-        Rows of `encoder` (or "ridge regression"), `region` (with "all"), `temporal_r2`, `low` and `high`; each region
-        is hidden in turn, whole, at all frames.
+        Rows of `encoder`, `by` ("network" or "ridge regression"), `region` (with "all"), `temporal_r2`, `low` and
+        `high`; each region is hidden in turn, whole, at all frames.
     """
-    wanted = _pretrained(plan)
-    files = [(name, _checkpoint(plan, name).parent / REBUILT) for name in wanted]
-    files += [("ridge regression", _checkpoint(plan, name).parent / RIDGE) for name in wanted[:1]]
-    found = [regions_rebuilt(path).assign(encoder=name) for name, path in files]
-    columns = ["encoder", "region", "temporal_r2", "low", "high"]
+    found = [
+        regions_rebuilt(_checkpoint(plan, name).parent / file).assign(encoder=name, by=by)
+        for name in _pretrained(plan)
+        for by, file in (("network", REBUILT), ("ridge regression", RIDGE))
+    ]
+    columns = ["encoder", "by", "region", "temporal_r2", "low", "high"]
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
 
@@ -152,7 +153,6 @@ def _pretrain(plan: Plan, workers: int) -> None:
         save_splits(make_splits(read_manifest(store)["runs"]), folder / "splits.json")
     with parallel_map(workers, None) as each:
         each(partial(_pretrain_one, plan, store), wanted, "encoders")
-    _run(plan, store, wanted[0], RIDGE, "run", [*_configs(plan, wanted[0]), "reconstruct", "ridge"])
 
 
 def _pretrained(plan: Plan) -> list[str]:
@@ -160,23 +160,30 @@ def _pretrained(plan: Plan) -> list[str]:
 
 
 def _pretrain_one(plan: Plan, store: Path, name: str) -> None:
-    configs = _configs(plan, name)
-    _run(plan, store, name, None, "pretrain", configs)
-    _run(plan, store, name, REBUILT, "run", [*configs, "reconstruct"])
+    settings = plan.encoders[name]
+    overrides = settings.get("overrides", {})
+    configs = ["pretrain", *Strategy(name, settings["mask"]).overlays]
+    _run(plan, store, name, None, "pretrain", configs, overrides)
+    _run(plan, store, name, REBUILT, "run", [*configs, "reconstruct"], overrides)
+    units = {key: value for key, value in overrides.items() if key.startswith("normalisation")}
+    _run(plan, store, name, RIDGE, "run", ["pretrain", "reconstruct", "ridge"], units)  # of whole regions: its own mask
 
 
-def _configs(plan: Plan, name: str) -> list[str]:
-    return ["pretrain", *Strategy(name, plan.encoders[name]["mask"]).overlays]
-
-
-def _run(plan: Plan, store: Path, name: str, result: str | None, run_id: str, configs: list[str]) -> None:
-    """Run configs with an encoder's overrides, unless the result (in its folder) is there."""
+def _run(
+    plan: Plan,
+    store: Path,
+    name: str,
+    result: str | None,
+    run_id: str,
+    configs: list[str],
+    overrides: Mapping[str, Any],
+) -> None:
+    """Run configs in an encoder's folder, unless the result (there) has been made."""
     place = _checkpoint(plan, name).parent
     if plan.pretraining is None or (result is not None and (place / result).is_file()):
         return
     given = {"dataset_dir": store, "splits_file": store.parent / "splits.json", "atlas": plan.atlas}
-    given |= {"output_dir": place} | plan.pretraining["overrides"] | plan.encoders[name].get("overrides", {})
-    run_config(run_id, configs, given)
+    run_config(run_id, configs, given | {"output_dir": place} | plan.pretraining["overrides"] | overrides)
 
 
 def _checkpoint(plan: Plan, encoder: str) -> Path:

@@ -309,20 +309,25 @@ def test_pretraining_is_asked_for_with_the_plans_settings(tmp_path, small_cohort
 
     monkeypatch.setattr(dynamics, "run_config", pretrain)
     monkeypatch.setattr(dynamics, "prepared_cohort", cohort)
-    encoders = {"my encoder": {"mask": "random_tube", "overrides": {"mask_ratio": 0.5}}}
+    changes = {"mask_ratio": 0.5, "normalisation#mode": "run"}
+    encoders = {"my encoder": {"mask": "random_tube", "overrides": changes}}
     pretraining = {"subjects": 60, "seed": 7, "overrides": {"max_epochs": 2}}
     path = plan_file(tmp_path, seeds=[0], encoders=encoders, pretraining=pretraining)
     rows = dynamics.run_plan(dynamics.read_plan(path))
     assert set(rows["encoder"]) == {"none", "my encoder"}
     masked = ["pretrain", "masks/random_tube"]
-    wanted = [("pretrain", masked), ("run", [*masked, "reconstruct"]), ("run", [*masked, "reconstruct", "ridge"])]
+    wanted = [("pretrain", masked), ("run", [*masked, "reconstruct"]), ("run", ["pretrain", "reconstruct", "ridge"])]
     assert [(run_id, configs) for run_id, configs, _ in calls] == wanted
-    assert calls[0][2] == calls[1][2] == calls[2][2]
     overrides = calls[0][2]
+    assert calls[1][2] == overrides
     assert (overrides["max_epochs"], overrides["mask_ratio"]) == (2, 0.5)
+    ridge = {name: value for name, value in overrides.items() if name != "mask_ratio"}  # which its mask does not have
+    assert calls[2][2] == ridge
+    assert ridge["normalisation#mode"] == "run"
     assert overrides["dataset_dir"] == tmp_path / "results" / "pretraining" / "store"
     found = dynamics.rebuilt(dynamics.read_plan(path))
-    assert found["encoder"].tolist() == ["my encoder", "my encoder", "ridge regression", "ridge regression"]
+    assert found["by"].tolist() == ["network"] * 2 + ["ridge regression"] * 2
+    assert set(found["encoder"]) == {"my encoder"}
     assert found["region"].tolist() == ["all", "limbic"] * 2
     assert found["temporal_r2"].tolist() == [0.2, 0.1] * 2
     dynamics.run_plan(dynamics.read_plan(path))

@@ -27,7 +27,7 @@ from bundle.data.splits import make_splits, save_splits
 from bundle.errors import InputError
 from bundle.evaluation.reconstruction import regions_rebuilt
 from bundle.experiments.auroc import PAINTED, differences, summarise
-from bundle.experiments.frozen import CONNECTIVITY, Design, connectivity_rows, encoder_rows
+from bundle.experiments.frozen import CEILING, CONNECTIVITY, Design, connectivity_rows, encoder_rows
 from bundle.experiments.synthetic import EFFECTS
 from bundle.experiments.trial import Strategy
 from bundle.experiments.truth import painted_cohort, prepared_cohort
@@ -203,7 +203,7 @@ def _cell(plan: Plan, cohort: str, seed: int, encoder: str) -> Path:
     if encoder != NO_ENCODER and "size" not in settings:
         settings = {"checkpoint": file_sha256(_checkpoint(plan, encoder))}
     shaping = [settings, plan.subjects, plan.effect, plan.duration_s, plan.folds, list(plan.sizes), list(plan.shift)]
-    shaping += [plan.painted if cohort == PAINTED else None, {} if encoder == NO_ENCODER else dict(plan.readouts)]
+    shaping += [plan.painted if cohort == PAINTED else None, CEILING if encoder == NO_ENCODER else dict(plan.readouts)]
     shaping += [] if plan.atlas == AAL3 else [load_atlas(plan.atlas).sha256]
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
     return Path(plan.results) / "cells" / f"{cohort}_seed-{seed}" / f"{slug(encoder)}-{digest}.csv"
@@ -220,7 +220,7 @@ def _run_cohort(plan: Plan, which: tuple[str, int]) -> None:
     design = Design(plan.readouts, plan.folds, plan.sizes, plan.shift if cohort in SHIFTED else (), seed, plan.atlas)
     for name in missing:
         if name == NO_ENCODER:
-            made = connectivity_rows(design, store)
+            made = connectivity_rows(design, store, cohort != PAINTED)
         else:
             settings = plan.encoders[name]
             given = settings if "size" in settings else {"checkpoint": _checkpoint(plan, name)}
@@ -244,7 +244,7 @@ def write_tables(plan: Plan, rows: pd.DataFrame, resamples: int = 2000) -> tuple
 
     Writes `dynamics_r2.csv`, see `rebuilt`, beside them.
 
-    Each encoder and readout is compared with the encoder that its plan names, and with both kinds of connectivity.
+    Each encoder and readout is compared with the encoder that its plan names, and with every kind of connectivity.
     """
     write_text(Path(plan.results) / "dynamics_r2.csv", rebuilt(plan).to_csv(index=False, float_format="%.4f"))
     if rows.empty:
@@ -256,9 +256,8 @@ def write_tables(plan: Plan, rows: pd.DataFrame, resamples: int = 2000) -> tuple
                 first = {"cohort": cohort, "encoder": encoder, "readout": readout}
                 if "against" in settings:
                     pairs.append((first, first | {"encoder": settings["against"]}))
-                pairs += [
-                    (first, {"cohort": cohort, "encoder": NO_ENCODER, "readout": rival}) for rival in CONNECTIVITY
-                ]
+                rivals = [*CONNECTIVITY, *([] if cohort == PAINTED else [CEILING])]
+                pairs += [(first, {"cohort": cohort, "encoder": NO_ENCODER, "readout": rival}) for rival in rivals]
     tables = summarise(rows, resamples), differences(rows, pairs, resamples)
     for name, table in zip(("dynamics", "dynamics_differences"), tables, strict=True):
         write_text(Path(plan.results) / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))

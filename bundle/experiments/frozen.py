@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import Compose
@@ -18,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from bundle.anatomy import grid
-from bundle.anatomy.atlas import AAL3, labels_on, load_atlas, region_labels
+from bundle.anatomy.atlas import AAL3, Atlas, labels_on, load_atlas, region_labels
 from bundle.anatomy.parcels import parcel_index, parcels_of
 from bundle.data.clips import clips, shuffled_within
 from bundle.data.normalisation import Normalisation
@@ -27,6 +28,7 @@ from bundle.data.transforms import ScatterClipd, TakeClipd, TimeLastd
 from bundle.deploy.embed import frozen_encoder
 from bundle.errors import InputError
 from bundle.experiments.baselines import participant_series
+from bundle.experiments.patterns import label_pattern
 from bundle.heads.attention import AttentionClassifier
 from bundle.heads.combat import Combat, kept_of, parted
 from bundle.heads.connectivity import KINDS, ConnectivityModel, inner_folds
@@ -40,6 +42,10 @@ from bundle.tasks.binary import Binary
 CONNECTIVITY = ("connectivity of labels", "connectivity of groups", "connectivity of components")
 """Readouts without an encoder: of all labels, as the baseline of a sweep; of the groups' means; of `COMPONENTS`
 principal components of each group's labels, as the covariance readout has them of an encoder's channels."""
+CEILING = "connectivity of planted patterns"
+"""Of the courses that a synthetic cohort's patterns inside labels really have in the images, one per group: what an
+encoder could pass on at best of the cohort `pattern`, where the number of training subjects is what is left to limit
+it."""
 COMPONENTS = 2
 TASK = Binary("diagnosis", ("control", "adhd"))
 """What synthetic and painted cohorts are told apart by."""
@@ -120,8 +126,8 @@ def records_of(folder: Path) -> list[dict]:
     return runs
 
 
-def connectivity_rows(design: Design, folder: Path) -> Iterator[dict[str, Any]]:
-    """Plain connectivity, see `CONNECTIVITY`."""
+def connectivity_rows(design: Design, folder: Path, synthetic: bool = True) -> Iterator[dict[str, Any]]:
+    """Plain connectivity, see `CONNECTIVITY`; of a synthetic cohort also `CEILING`."""
     runs = records_of(folder)
     atlas = load_atlas(design.atlas)
     tables = participant_series(folder, runs, folder.parent / "series", atlas)
@@ -129,6 +135,7 @@ def connectivity_rows(design: Design, folder: Path) -> Iterator[dict[str, Any]]:
     of_labels = [tables[run["participant_id"]].to_numpy() for run in runs]
     groups = parcel_index(atlas, parcels).ravel()
     of_groups = [_group_series(folder, run["run_id"], groups) for run in runs]
+    patterns = [_group_series(folder, run["run_id"], groups, atlas) for run in runs] if synthetic else None
     names = next(iter(tables.values())).columns
     members = [names.get_indexer([atlas.names[n] for n in numbers]) for numbers in parcels.values()]
     members = [columns[columns >= 0] for columns in members if max(columns) >= 0]
@@ -152,15 +159,26 @@ def connectivity_rows(design: Design, folder: Path) -> Iterator[dict[str, Any]]:
         (of_groups, tangent),
         (of_labels, reduced),
     ]
-    for name, (series, readout) in zip(CONNECTIVITY, rivals, strict=True):
+    named = dict(zip(CONNECTIVITY, rivals, strict=True)) | ({CEILING: (patterns, tangent)} if patterns else {})
+    for name, (series, readout) in named.items():
         for row in _tested(design, runs, {False: series}, readout):
             yield row | {"readout": name}
 
 
-def _group_series(folder: Path, run_id: str, groups: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Mean course (T, groups) of the voxels of each group, detrended and of SD 1, as `region_series` of labels."""
-    of_voxel = groups[store.read_voxels(folder, run_id)]
+def _group_series(
+    folder: Path, run_id: str, groups: NDArray[np.int64], pattern_in: Atlas | None = None
+) -> NDArray[np.float64]:
+    """Mean course (T, groups) of the voxels of each group, detrended and of SD 1, as `region_series` of labels.
+
+    With an atlas each voxel counts by the value there of the pattern that synthetic cohorts have inside its labels.
+    """
+    voxels = store.read_voxels(folder, run_id)
+    of_voxel = groups[voxels]
     frames = store.read_clip(folder, run_id, 0, store.count_frames(folder, run_id)).astype(float)
+    if pattern_in is not None:
+        mm = nib.affines.apply_affine(grid.AFFINE, np.stack(np.unravel_index(voxels, grid.SHAPE), axis=-1))
+        labels = labels_on(pattern_in, grid.AFFINE, grid.SHAPE).ravel()[voxels]
+        frames *= label_pattern(mm, labels, np.ones(len(voxels)))
     series = np.stack([frames[:, of_voxel == group].mean(1) for group in range(1, groups.max() + 1)], axis=1)
     return signal.clean(series, detrend=True, standardize="zscore_sample")
 

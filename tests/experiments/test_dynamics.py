@@ -8,18 +8,23 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from small_stores import planted_store
+from small_stores import TR, planted_store, some_voxels, write_store
 
+from bundle.anatomy import grid
 from bundle.data.normalisation import Normalisation
 from bundle.errors import InputError
 from bundle.experiments import dynamics, frozen
 from bundle.experiments.auroc import WHAT, differences, summarise
 from bundle.experiments.frozen import Design, connectivity_rows, encoder_rows, load_frozen, records_of
+from bundle.experiments.patterns import label_pattern
+from bundle.experiments.signals import group_latents, label_signals, latents_of
+from bundle.experiments.synthetic import SITES, plan_cohort
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.training.checkpoints import save_checkpoint
 from bundle.training.provenance import Provenance
@@ -99,6 +104,26 @@ def test_a_large_coupling_is_seen_by_connectivity_of_labels_groups_and_component
         readout = f"connectivity of {readout}"
         assert table[readout, False] > least
         assert table[readout, True] < 0.8
+
+
+def test_a_pattern_inside_labels_is_seen_by_its_own_connectivity_and_not_by_that_of_labels(tmp_path):
+    voxels, labels = some_voxels(per_label=12, every=4)
+    numbers = np.unique(labels)
+    mm = nib.affines.apply_affine(grid.AFFINE, np.stack(np.unravel_index(voxels, grid.SHAPE), axis=-1))
+    pattern = label_pattern(mm, labels, np.ones(len(voxels)))
+
+    def bold(subject: dict, rng: np.random.Generator) -> np.ndarray:
+        latents, inner = (group_latents(subject[name], 200, TR, rng) for name in ("coupling_z", "pattern_z"))
+        place = np.searchsorted(numbers, labels)
+        course = label_signals(latents, numbers, TR, rng)[:, place] + pattern * latents_of(inner, numbers)[:, place]
+        return course + rng.standard_normal(course.shape)
+
+    folder = write_store(tmp_path, plan_cohort(30, 6.0, 0, SITES, "pattern"), bold, voxels)
+    rows = pd.DataFrame(connectivity_rows(Design({}, folds=3, sizes=[], shift=[], seed=0), folder))
+    table = summarise(rows.assign(encoder="none", cohort="pattern", seed=0), resamples=50)
+    found = table[~table["shuffled"]].set_index("readout")["auroc"]
+    assert found["connectivity of planted patterns"] > 0.9
+    assert found["connectivity of labels"] < 0.75
 
 
 def test_a_readout_is_given_training_subjects_with_their_labels_and_never_those_that_it_scores(store):

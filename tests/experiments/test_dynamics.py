@@ -29,6 +29,7 @@ from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.training.checkpoints import save_checkpoint
 from bundle.training.provenance import Provenance
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = {"embed_dim": 4, "depths": [1, 1], "frames": 16}
 VOXEL = {"mode": "voxel", "sd_floor": 0.1, "clip": 5.0}
 READOUTS = {
@@ -289,6 +290,19 @@ def test_covariance_and_shifts_are_of_the_design_s_atlas_and_the_mean_is_of_none
         for (name, shifted), part in pd.DataFrame(rows).query("not shuffled").groupby(["readout", "shifted"])
     }
     assert {what for what, equal in same.items() if equal} == {("mean", False)}
+
+
+def test_the_larger_plan_takes_the_encoders_that_the_other_pretrains(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan, larger = (dynamics.read_plan(f"configs/{name}.json") for name in ("dynamics", "dynamics_large"))
+    assert list(larger.encoders) == list(plan.encoders)
+    for name, settings in larger.encoders.items():
+        if "checkpoint" in settings:
+            assert dynamics._checkpoint(larger, name).absolute() == dynamics._checkpoint(plan, name)
+        else:
+            assert settings == plan.encoders[name]
+        assert settings.get("against") == plan.encoders[name].get("against")
+    assert larger.readouts["covariance"] == plan.readouts["covariance"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import re
 from datetime import timedelta
 
@@ -34,7 +35,17 @@ def join_group(patience_s: float) -> None:
         patience_s: a process that does not answer for so long is lost, and all others end; they end at once where the
             system says that it is gone. It must be longer than any process ever waits for another: for one that reads
             from a slow disk, or writes a checkpoint.
+
+    Raises:
+        InputError: torchrun is to start processes again, and would have them meet in a store that still holds the
+            addresses of those that are gone (PyTorch's issue 135712), so that most restarts fail.
     """
+    elastic = {name: os.environ.get(f"TORCHELASTIC_{name}") for name in ("MAX_RESTARTS", "USE_AGENT_STORE")}
+    if elastic["MAX_RESTARTS"] not in (None, "0") and elastic["USE_AGENT_STORE"] == "True":
+        raise InputError(
+            "torchrun's --max_restarts needs a store of its own for each start, or restarts look for processes that "
+            "are gone; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+        )
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     idist.initialize(backend, timeout=timedelta(seconds=patience_s))
 

@@ -4,6 +4,7 @@
 # Elastic: it begins with any number of machines of the range, and where one is lost the others start again from last.pt.
 set -euo pipefail
 export OMP_NUM_THREADS=1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else a restart finds the addresses of processes that are gone
 
 exec torchrun \
     --nnodes "${MACHINES:-1:4}" --nproc_per_node "${PROCESSES:-gpu}" --max_restarts 10 \

@@ -93,7 +93,7 @@ class Torchrun:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
         self.process = subprocess.Popen(
             [*command, "-m", "monai.bundle", *given],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
             stdout=log.open("ab"),
             stderr=subprocess.STDOUT,
         )

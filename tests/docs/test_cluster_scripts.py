@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "docs" / "cluster").glob("*.sh"))
 SLURM = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "7"}
 FAKES = {
-    "torchrun": 'eval "$FIRST"; printf "%q " "$@" >"$CALLS/new"; mv "$CALLS/new" "$CALLS/started"; eval "$THEN"',
+    "torchrun": 'eval "$FIRST"; env >"$CALLS/env"\n'
+    'printf "%q " "$@" >"$CALLS/new"; mv "$CALLS/new" "$CALLS/started"; eval "$THEN"',
     "srun": 'printf "%q " "$@" >"$CALLS/srun"; while [[ $1 == -* ]]; do shift; done; exec "$@"',
     "scontrol": 'echo "$@" >>"$CALLS/scontrol"; [[ $1 == requeue ]] || printf "n1\\nn2\\n"',
 }
@@ -64,6 +65,8 @@ def test_a_script_starts_a_training_that_exists(script: Path, calls: Path, monke
         assert (options.nnodes, options.nproc_per_node, options.rdzv_endpoint) == ("2", "4", "n1:29500")
     else:
         assert (options.nnodes, options.rdzv_endpoint) == ("1:4", "HEAD:29500")
+    own_store = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (calls / "env").read_text().splitlines()
+    assert own_store or not int(options.max_restarts)
 
 
 def test_slurm_s_signal_lets_the_training_end_and_queues_the_job_again(calls: Path, monkeypatch: pytest.MonkeyPatch):

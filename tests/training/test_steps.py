@@ -1,6 +1,7 @@
 """A step over a whole batch is plain training on the whole batch, in any number of parts and processes."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from bundle.anatomy import grid
 from bundle.data.batches import PrepareBatch, loader
 from bundle.errors import InputError
 from bundle.heads.batch_norm import WholeBatchNorm
-from bundle.training.distributed import lost_process, on_device
+from bundle.training.distributed import join_group, lost_process, on_device
 from bundle.training.handlers import DrawByPlace
 from bundle.training.losses import MaskedMSELoss, RegionWeightedMSELoss, masked_squared_error
 from bundle.training.metrics import MeanLoss
@@ -230,3 +231,17 @@ def test_only_errors_of_other_processes_are_taken_for_lost_ones():
         "another training process was lost (Connection closed by peer [127.0.0.1]:"
     )
     assert "This means" not in str(lost_process(gloo))
+
+
+@pytest.mark.parametrize(
+    ("restarts", "shared", "refused"), [("1", "True", True), ("0", "True", False), ("1", "False", False)]
+)
+def test_restarts_by_torchrun_need_a_store_of_their_own(monkeypatch, restarts: str, shared: str, refused: bool):
+    """Set as torchrun sets them for its processes."""
+    joined = []
+    monkeypatch.setattr("ignite.distributed.initialize", lambda *_, **__: joined.append(True))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    with pytest.raises(InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before") if refused else nullcontext():
+        join_group(50.0)
+    assert bool(joined) != refused

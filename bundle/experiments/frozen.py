@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from bundle.anatomy import grid
-from bundle.anatomy.atlas import AAL3, Atlas, labels_on, load_atlas, region_labels
+from bundle.anatomy.atlas import AAL3, labels_on, load_atlas, region_labels
 from bundle.anatomy.parcels import parcel_index, parcels_of
 from bundle.data.clips import clips, shuffled_within
 from bundle.data.normalisation import Normalisation
@@ -135,7 +135,10 @@ def connectivity_rows(design: Design, folder: Path, synthetic: bool = True) -> I
     of_labels = [tables[run["participant_id"]].to_numpy() for run in runs]
     groups = parcel_index(atlas, parcels).ravel()
     of_groups = [_group_series(folder, run["run_id"], groups) for run in runs]
-    patterns = [_group_series(folder, run["run_id"], groups, atlas) for run in runs] if synthetic else None
+    patterns = []
+    if synthetic:
+        planted = labels_on(load_atlas(), grid.AFFINE, grid.SHAPE).ravel()  # whatever the design's atlas is
+        patterns = [_group_series(folder, run["run_id"], groups, planted) for run in runs]
     names = next(iter(tables.values())).columns
     members = [names.get_indexer([atlas.names[n] for n in numbers]) for numbers in parcels.values()]
     members = [columns[columns >= 0] for columns in members if max(columns) >= 0]
@@ -166,19 +169,18 @@ def connectivity_rows(design: Design, folder: Path, synthetic: bool = True) -> I
 
 
 def _group_series(
-    folder: Path, run_id: str, groups: NDArray[np.int64], pattern_in: Atlas | None = None
+    folder: Path, run_id: str, groups: NDArray[np.int64], planted: NDArray[np.int64] | None = None
 ) -> NDArray[np.float64]:
     """Mean course (T, groups) of the voxels of each group, detrended and of SD 1, as `region_series` of labels.
 
-    With an atlas each voxel counts by the value there of the pattern that synthetic cohorts have inside its labels.
+    Given AAL3's labels on the flat grid, each voxel counts by the pattern that synthetic cohorts have inside them.
     """
     voxels = store.read_voxels(folder, run_id)
     of_voxel = groups[voxels]
     frames = store.read_clip(folder, run_id, 0, store.count_frames(folder, run_id)).astype(float)
-    if pattern_in is not None:
+    if planted is not None:
         mm = nib.affines.apply_affine(grid.AFFINE, np.stack(np.unravel_index(voxels, grid.SHAPE), axis=-1))
-        labels = labels_on(pattern_in, grid.AFFINE, grid.SHAPE).ravel()[voxels]
-        frames *= label_pattern(mm, labels, np.ones(len(voxels)))
+        frames *= label_pattern(mm, planted[voxels], np.ones(len(voxels)))
     series = np.stack([frames[:, of_voxel == group].mean(1) for group in range(1, groups.max() + 1)], axis=1)
     return signal.clean(series, detrend=True, standardize="zscore_sample")
 

@@ -44,7 +44,8 @@ def join_group(patience_s: float) -> None:
     if elastic["MAX_RESTARTS"] not in (None, "0") and elastic["USE_AGENT_STORE"] == "True":
         raise InputError(
             "torchrun's --max_restarts needs a store of its own for each start, or restarts look for processes that "
-            "are gone; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+            "are gone; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and give it --standalone or "
+            "--rdzv_backend c10d"
         )
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     idist.initialize(backend, timeout=timedelta(seconds=patience_s))

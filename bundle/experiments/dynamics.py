@@ -7,11 +7,12 @@ a synthetic cohort of other subjects without any difference between groups.
 What is done is kept: one file per cohort and encoder, `cells/<cohort>/<encoder>.csv`, with each tested subject's logit
 for every readout. A cohort's images are made where a cell is missing, and deleted afterwards. Pretraining goes on from
 its last epoch. Each pretrained encoder's network rebuilds hidden regions of the pretraining cohort's test subjects,
-beside a ridge regression.
+beside a ridge regression. Commands that share a folder of results wait for each other's cohorts and pretrainings.
 """
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from bundle.experiments.trial import Strategy
 from bundle.experiments.truth import painted_cohort, prepared_cohort
 from bundle.files import file_sha256, slug, write_text
 from bundle.heads.combat import COMBAT
+from bundle.locks import locked
 from bundle.preparation.store import read_manifest
 from bundle.process import run_config
 from bundle.workers import parallel_map
@@ -148,10 +150,10 @@ def _pretrain(plan: Plan, workers: int) -> None:
     if plan.pretraining is None:
         raise InputError(f"the plan's encoder {min(wanted)!r} is to be pretrained, but it does not say on what")
     subjects, seed = plan.pretraining["subjects"], plan.pretraining["seed"]
-    store = prepared_cohort(folder, subjects, "nothing", 0.0, seed, plan.duration_s)
-    if not (folder / "splits.json").is_file():
-        save_splits(make_splits(read_manifest(store)["runs"]), folder / "splits.json")
-    with parallel_map(workers, None) as each:
+    with locked(Path(f"{folder}.lock"), patience_s=math.inf), parallel_map(workers, None) as each:
+        store = prepared_cohort(folder, subjects, "nothing", 0.0, seed, plan.duration_s)
+        if not (folder / "splits.json").is_file():
+            save_splits(make_splits(read_manifest(store)["runs"]), folder / "splits.json")
         each(partial(_pretrain_one, plan, store), wanted, "encoders")
 
 
@@ -210,12 +212,15 @@ def _cell(plan: Plan, cohort: str, seed: int, encoder: str) -> Path:
 
 
 def _run_cohort(plan: Plan, which: tuple[str, int]) -> None:
-    cohort, seed = which
-    missing = [name for name in _cells(plan) if not _cell(plan, cohort, seed, name).is_file()]
-    if not missing:
-        return
+    folder = Path(plan.results) / "cohorts" / "{}_seed-{}".format(*which)
+    with locked(Path(f"{folder}.lock"), patience_s=math.inf):
+        missing = [name for name in _cells(plan) if not _cell(plan, *which, name).is_file()]
+        if missing:
+            _run_missing(plan, *which, folder, missing)
+
+
+def _run_missing(plan: Plan, cohort: str, seed: int, folder: Path, missing: list[str]) -> None:
     torch.set_num_threads(1)
-    folder = Path(plan.results) / "cohorts" / f"{cohort}_seed-{seed}"
     store = _store(plan, folder, cohort, seed)
     design = Design(plan.readouts, plan.folds, plan.sizes, plan.shift if cohort in SHIFTED else (), seed, plan.atlas)
     for name in missing:

@@ -6,6 +6,7 @@ Not covered: how large the scores are (docs/dynamics.md), pretraining itself (te
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -257,7 +258,7 @@ def test_a_plan_is_run_once_and_goes_on_where_cells_are_missing(tmp_path, small_
     plan = dynamics.read_plan(plan_file(tmp_path))
     rows = dynamics.run_plan(plan)
     assert small_cohorts == [0, 1]
-    assert not list((tmp_path / "results" / "cohorts").iterdir())  # images and stores are gone
+    assert not list((tmp_path / "results" / "cohorts").glob("*/"))  # images and stores are gone
     assert set(rows["encoder"]) == {"none", "random"}
     assert set(rows["seed"]) == {0, 1}
     cells = sorted((tmp_path / "results" / "cells").glob("*/*.csv"))
@@ -268,6 +269,14 @@ def test_a_plan_is_run_once_and_goes_on_where_cells_are_missing(tmp_path, small_
     changed = dynamics.read_plan(plan_file(tmp_path, readouts={"mean": {"kind": "mean"}}))
     assert set(dynamics.run_plan(changed)["readout"]) == {"mean", "covariance"}  # those of no encoder stay
     assert small_cohorts == [0, 1, 1, 0, 1]
+
+
+def test_two_commands_with_one_folder_of_results_make_each_cohort_once(tmp_path, small_cohorts):
+    plan = dynamics.read_plan(plan_file(tmp_path))
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(dynamics.run_plan, [plan, plan])
+    assert sorted(small_cohorts) == [0, 1]
+    pd.testing.assert_frame_equal(one, other)
 
 
 def test_another_atlas_makes_cells_of_its_own_and_leaves_those_of_aal3(tmp_path, small_cohorts):

@@ -301,17 +301,18 @@ def test_covariance_and_shifts_are_of_the_design_s_atlas_and_the_mean_is_of_none
     assert {what for what, equal in same.items() if equal} == {("mean", False)}
 
 
-def test_the_larger_plan_takes_the_encoders_that_the_other_pretrains(monkeypatch):
+@pytest.mark.parametrize("which", ["dynamics_large", "dynamics_painted"])
+def test_the_other_plans_take_the_encoders_that_the_first_pretrains(monkeypatch, which):
     monkeypatch.chdir(ROOT)
-    plan, larger = (dynamics.read_plan(f"configs/{name}.json") for name in ("dynamics", "dynamics_large"))
-    assert list(larger.encoders) == list(plan.encoders)
-    for name, settings in larger.encoders.items():
+    plan, other = (dynamics.read_plan(f"configs/{name}.json") for name in ("dynamics", which))
+    assert list(other.encoders) == list(plan.encoders)
+    for name, settings in other.encoders.items():
         if "checkpoint" in settings:
-            assert dynamics._checkpoint(larger, name).absolute() == dynamics._checkpoint(plan, name)
+            assert dynamics._checkpoint(other, name).absolute() == dynamics._checkpoint(plan, name)
         else:
             assert settings == plan.encoders[name]
         assert settings.get("against") == plan.encoders[name].get("against")
-    assert larger.readouts["covariance"] == plan.readouts["covariance"]
+    assert other.readouts["covariance"] == plan.readouts["covariance"]
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,6 @@ def _readout(saved: Mapping[str, Any], facts: Mapping[str, Any], path: str, atla
         readout = CovarianceReadout(**settings, atlas=atlas, **facts["network"])
         readout.load_state_dict(saved["network"], strict=True)
         return readout
-    readout = CovarianceReadout(level="label", atlas=atlas, **facts["network"])
+    readout = CovarianceReadout(atlas=atlas, **facts["network"])
     readout.encoder.load_state_dict(plain_encoder(saved, facts, path).state_dict())
     return readout

@@ -1,7 +1,9 @@
 """A readout of how parcels fluctuate together: covariance of a frozen encoder's tokens in tangent space."""
 
-from collections.abc import Hashable, Sequence
+import logging
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ from bundle.heads.fitted import FittedHead
 from bundle.heads.pooling import label_members, pool, token_shares
 from bundle.tasks.task import Task
 
+logger = logging.getLogger(__name__)
+
+COMPONENTS = MappingProxyType({"group": (1, 2)})
 SUBTRACT = ("clip_mean", "training_mean", None)
 FAINT = 1e-4
 """A component whose SD in a run is below this share of its SD in training is rounding noise, and counts as still."""
@@ -40,9 +45,9 @@ class CovarianceReadout(FittedHead):
         freeze: must be True.
         outputs: numbers per run, see `bundle.tasks.task.Task`.
         stage: whose tokens are read, see `SwinMambaEncoder.tokens`.
-        level: parcels: each "label" by itself, or its "group" (of AAL3: the seven regions and the insula).
-        components: numbers of principal components of each parcel, of which the one that scores best in folds of the
-            training participants is taken.
+        components: which parcels, and how many principal components of each, to choose from: numbers by level, which is
+            "label", each by itself, or "group" (of AAL3: the seven regions and the insula). Level and number that score
+            best in folds of the training participants are taken; of equals the first.
         subtract: what is taken off before, frame by frame of the clip: "clip_mean", the run's own mean over its clips;
             "training_mean", the mean over all clips of all training runs; or None. (The embedding of time repeats in
             every clip, and would pass for a fluctuation that all parcels share.)
@@ -60,8 +65,7 @@ class CovarianceReadout(FittedHead):
         freeze: bool = True,
         outputs: int = 1,
         stage: int = 1,
-        level: str = "group",
-        components: Sequence[int] = (1, 2),
+        components: Mapping[str, Sequence[int]] = COMPONENTS,
         subtract: str | None = "clip_mean",
         atlas: str | Path = AAL3,
         **encoder: Any,
@@ -70,14 +74,19 @@ class CovarianceReadout(FittedHead):
         if subtract not in SUBTRACT:
             raise InputError(f"subtract must be clip_mean, training_mean or null, not {subtract!r}")
         edge, channels = self.encoder.tokens_of(stage)
-        if not components or not all(1 <= number <= channels for number in components):
-            raise InputError(f"components must be 1 to {channels}, the channels of stage {stage}, not {components}")
-        self.stage, self.components, self.subtract = stage, sorted(components), subtract
-        self.parcels = label_members(atlas, level)
+        self.stage, self.subtract = stage, subtract
+        if not (isinstance(components, Mapping) and components) or not all(
+            numbers and min(numbers) >= 1 and max(numbers) <= channels for numbers in components.values()
+        ):
+            raise InputError(
+                f"components must be numbers of 1 to {channels}, the channels of stage {stage}, by level, such as "
+                f'{{"group": [1]}}, not {components}'
+            )
+        self.components = {level: sorted(numbers) for level, numbers in components.items()}
+        self.parcels = {level: label_members(atlas, level) for level in self.components}
         self.register_buffer("shares", token_shares(atlas, edge, self.encoder.image_size), persistent=False)
         self.settings |= {
             "stage": stage,
-            "level": level,
             "components": self.components,
             "subtract": subtract,
             "atlas": load_atlas(atlas).sha256,
@@ -86,9 +95,10 @@ class CovarianceReadout(FittedHead):
     def get_extra_state(self) -> dict[str, Any]:
         """Return the settings, and all that was fitted as tensors on the CPU; `torch.load(weights_only=True)` reads it.
 
-        The tensors are `training_mean` (T, L, c) of L labels, `basis` (L, c, k), each label's part of its parcel's
-        components, `spread` (P, k) of P parcels, `mean` and `whitening` (P * k, P * k), `weights`
-        (m, P * k * (P * k + 1) / 2) and `bias` (m,) of m outputs; there are none before `fit`.
+        The tensors are `training_mean` (T, L, c) of L labels, `parcel` (L,), the number of each label's parcel, or -1,
+        `basis` (L, c, k), each label's part of its parcel's components, `spread` (P, k) of P parcels, `mean` and
+        `whitening` (P * k, P * k), `weights` (m, P * k * (P * k + 1) / 2) and `bias` (m,) of m outputs; there are none
+        before `fit`.
         """
         return super().get_extra_state()
 
@@ -120,45 +130,55 @@ class CovarianceReadout(FittedHead):
         """
         total = sum(run.double().sum(0) for run in runs)
         self.fitted = {"training_mean": torch.as_tensor(total).cpu() / sum(map(len, runs))}
-        moments: list[Tensor] = [torch.zeros(()) for _ in self.parcels]
-        frames = 0
-        for run in runs:
-            centred = self._centred(run)  # (n, L, c)
-            for position, members in enumerate(self.parcels):
-                courses = centred[:, members].flatten(1)
-                moments[position] = moments[position] + courses.T @ courses
-            frames += len(centred)
-        most = self.components[-1]
-        basis = centred.new_zeros(*centred.shape[1:], most)
-        spread = centred.new_zeros(len(self.parcels), most)
-        for position, members in enumerate(self.parcels):
-            variances, vectors = torch.linalg.eigh(moments[position] / frames)  # ascending
-            basis[members] = vectors[:, -most:].unflatten(0, (len(members), -1))
-            spread[position] = variances[-most:].clamp(min=0).sqrt()
-        spread = spread.clamp(min=FAINT * spread.max().item())  # parcels outside every brain
-        joined: dict[Hashable, list[Tensor]] = {}
-        label_of: dict[Hashable, float] = {}
-        for name, run, label in zip(participants or range(len(runs)), runs, labels, strict=True):
-            joined.setdefault(name, []).append(self._components_of(run, basis))
-            label_of[name] = label
-        truth, best = task.scaled(np.array(list(label_of.values()))), -np.inf
-        for number in self.components:
-            rows = [
-                np.concatenate([_courses(part[..., -number:], spread[:, -number:]) for part in parts])
-                for parts in joined.values()
-            ]
-            model = ConnectivityModel(*task.linear(seed), seed, kinds=["tangent"], discard_diagonal=False)
-            model.fit(rows, truth)
-            if model.best_score_ > best:
-                best, best_model, chosen = model.best_score_, model, number
-        self.fitted |= {"basis": basis[..., -chosen:].contiguous(), "spread": spread[:, -chosen:].contiguous()}
-        found = {
+        names = participants or range(len(runs))
+        label_of = dict(zip(names, labels, strict=True))
+        truth, best = task.scaled(np.array(list(label_of.values()), float)), -np.inf
+        for level, numbers in self.components.items():
+            parcel, basis, spread = self._principal(runs, self.parcels[level], numbers[-1])
+            joined: dict[Hashable, list[Tensor]] = {}
+            for name, run in zip(names, runs, strict=True):
+                joined.setdefault(name, []).append(self._components_of(run, parcel, basis))
+            for number in numbers:
+                rows = [
+                    np.concatenate([_courses(part[..., -number:], spread[:, -number:]) for part in parts])
+                    for parts in joined.values()
+                ]
+                model = ConnectivityModel(*task.linear(seed), seed, kinds=["tangent"], discard_diagonal=False)
+                model.fit(rows, truth)
+                if model.best_score_ > best:
+                    best, best_model, chosen = model.best_score_, model, f"{number} components of each {level}"
+                    found = {"basis": basis[..., -number:].contiguous(), "spread": spread[:, -number:].contiguous()}
+                    found["parcel"] = parcel
+        logger.info("Of the choices %s, covariance of %s scores best in training", self.components, chosen)
+        measures = {
             "mean": best_model.connectivity_.mean_,
             "whitening": best_model.connectivity_.whitening_,
             "weights": best_model.weights_,
             "bias": best_model.bias_,
         }
-        self.fitted |= {name: torch.as_tensor(value, dtype=torch.float64) for name, value in found.items()}
+        self.fitted |= found | {k: torch.as_tensor(v, dtype=torch.float64) for k, v in measures.items()}
+
+    def _principal(
+        self, runs: Sequence[Tensor], members: Sequence[Sequence[int]], most: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The `parcel`, `basis` and `spread` of `get_extra_state`, of parcels with these labels."""
+        moments: list[Tensor] = [torch.zeros(()) for _ in members]
+        frames = 0
+        for run in runs:
+            centred = self._centred(run)  # (n, L, c)
+            for position, own in enumerate(members):
+                courses = centred[:, own].flatten(1)
+                moments[position] = moments[position] + courses.T @ courses
+            frames += len(centred)
+        parcel = torch.full(centred.shape[1:2], -1)
+        basis = centred.new_zeros(*centred.shape[1:], most)
+        spread = centred.new_zeros(len(members), most)
+        for position, own in enumerate(members):
+            variances, vectors = torch.linalg.eigh(moments[position] / frames)  # ascending
+            parcel[own] = position
+            basis[own] = vectors[:, -most:].unflatten(0, (len(own), -1))
+            spread[position] = variances[-most:].clamp(min=0).sqrt()
+        return parcel, basis, spread.clamp(min=FAINT * spread.max().item())  # parcels outside every brain
 
     def forward(self, image: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Score whole runs.
@@ -186,8 +206,8 @@ class CovarianceReadout(FittedHead):
         self.require_fitted()
         features = image.detach() if image.ndim == 4 else self.features(image)
         counts = [len(features)] if counts is None else list(counts)
-        basis, spread = self.fitted["basis"], self.fitted["spread"]
-        courses = [_courses(self._components_of(run, basis), spread) for run in features.split(counts)]
+        parcel, basis, spread = (self.fitted[name] for name in ("parcel", "basis", "spread"))
+        courses = [_courses(self._components_of(run, parcel, basis), spread) for run in features.split(counts)]
         connectivity = ConnectivityMeasure(kind="tangent", vectorize=True, standardize=False)
         connectivity.cov_estimator_ = LedoitWolf(store_precision=False)
         connectivity.mean_, connectivity.whitening_ = (self.fitted[name].numpy() for name in ("mean", "whitening"))
@@ -213,12 +233,11 @@ class CovarianceReadout(FittedHead):
             values = values - self.fitted["training_mean"]
         return torch.from_numpy(detrend(values.flatten(0, 1).numpy(), axis=0))
 
-    def _components_of(self, run: Tensor, basis: Tensor) -> Tensor:
+    def _components_of(self, run: Tensor, parcel: Tensor, basis: Tensor) -> Tensor:
         """Each parcel's components (C * T, P, k) of a run's features (C, T, L, c)."""
-        centred = self._centred(run)
-        return torch.stack(
-            [centred[:, members].flatten(1) @ basis[members].flatten(0, 1) for members in self.parcels], dim=1
-        )
+        parts = torch.einsum("nlc,lck->nlk", self._centred(run), basis)
+        found = parts.new_zeros(len(parts), int(parcel.max()) + 1, basis.shape[-1])
+        return found.index_add(1, parcel[parcel >= 0], parts[:, parcel >= 0])
 
 
 def correlation_of_labels(features: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from bundle.deploy.release import release
 from bundle.training.checkpoints import load_checkpoint, saved_facts
 
 GROUPS = ["back", "front", "other"]  # as they come first in the table, and the rest
-TINY_COVARIANCE = {"network_def#components": [1]}  # the tiny network has four channels
+TINY_COVARIANCE = {"network_def#components": {"group": [1]}}  # the tiny network has four channels
 
 
 @pytest.fixture(scope="module")

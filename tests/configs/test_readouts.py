@@ -16,7 +16,7 @@ from bundle.deploy.release import release
 from bundle.training.checkpoints import load_checkpoint
 
 READOUTS = ("attention", "covariance")
-FEW = {"network_def#components": [1]}  # the tiny network has four channels
+FEW = {"network_def#components": {"group": [1]}}  # the tiny network has four channels
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ def test_a_finished_fit_is_not_repeated_and_other_settings_are_refused(output: P
     train(store, output, "covariance")
     assert path.stat().st_mtime_ns == before
     with pytest.raises(RuntimeError) as caught:
-        train(store, output, "covariance", **{"network_def#components": [2]})
-    assert "was made with network_def#components [1], but here it is [2]" in sentence(caught.value)
+        train(store, output, "covariance", **{"network_def#components": {"group": [2]}})
+    assert "was made with network_def#components#group [1], but here it is [2]" in sentence(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_a_finished_fit_is_not_repeated_and_other_settings_are_refused(output: P
         (
             "covariance",
             "readouts/covariance",
-            "fitted with components [1], but here it is [2]",
-            {"network_def#components": [2]},
+            "fitted with components {'group': [1]}, but here it is {'group': [2]}",
+            {"network_def#components": {"group": [2]}},
         ),
         ("covariance", "readouts/attention", "do not fit a AttentionClassifier", {}),
     ],

@@ -21,7 +21,7 @@ MEASURES = {
     "age": {"r2", "pearson_r", "mae", "training_mean_mae"},
     "subtype": {"macro_auroc", "balanced_accuracy", "macro_f1", "accuracy", "majority_accuracy"},
 }
-FEW = {"network_def#components": [1]}
+FEW = {"network_def#components": {"group": [1]}}
 
 
 @pytest.fixture(scope="module")

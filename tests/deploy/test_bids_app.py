@@ -26,7 +26,7 @@ from bundle.files import ROOT, file_sha256, write_json
 from scripts import serving
 from scripts.__main__ import main
 
-READOUT = {"network_def#components": [1]}  # the tiny network has four channels
+READOUT = {"network_def#components": {"group": [1]}}  # the tiny network has four channels
 SPACE = "space-MNI152NLin2009cAsym_desc-preproc_bold.nii.gz"
 
 

@@ -232,7 +232,7 @@ def checkpoint(folder: Path, network: torch.nn.Module, **facts) -> str:
 
 
 def fitted_readout() -> CovarianceReadout:
-    readout = CovarianceReadout(components=[1], **SIZE)
+    readout = CovarianceReadout(components={"group": [1]}, **SIZE)
     labels, channels = len(readout.shares), readout.encoder.tokens_of(1)[1]
     rng = np.random.default_rng(1)
     runs = [torch.tensor(rng.normal(size=(3, 4, labels, channels)), dtype=torch.float32) for _ in range(8)]

@@ -37,7 +37,7 @@ READOUTS = {
     "mean": {"kind": "mean"},
     "harmonised": {"kind": "mean", "harmonise": "combat"},
     "attention": {"kind": "attention"},
-    "covariance": {"kind": "covariance", "stage": 1, "level": "group", "components": [1], "subtract": None},
+    "covariance": {"kind": "covariance", "stage": 1, "components": {"group": [1]}, "subtract": None},
 }
 
 
@@ -312,7 +312,7 @@ def test_the_other_plans_take_the_encoders_that_the_first_pretrains(monkeypatch,
         else:
             assert settings == plan.encoders[name]
         assert settings.get("against") == plan.encoders[name].get("against")
-    assert other.readouts["covariance"] == plan.readouts["covariance"]
+    assert other.readouts["covariance of groups"] == plan.readouts["covariance of groups"]
 
 
 @pytest.mark.parametrize(

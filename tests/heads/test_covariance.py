@@ -18,7 +18,7 @@ from tasks import BINARY
 from bundle.errors import InputError
 from bundle.heads.covariance import CovarianceReadout
 
-SMALL = {"frames": 10, "embed_dim": 4, "depths": [1, 1], "level": "group"}
+SMALL = {"frames": 10, "embed_dim": 4, "depths": [1, 1]}
 PARCELS = 8
 MEMBERS = ((0, 1), (2,), (3, 4, 5), (6,), (7,), (8,), (9,), (10,))  # labels of each parcel
 LABELS = 11
@@ -27,8 +27,8 @@ LABELS = 11
 def readout(**changes) -> CovarianceReadout:
     """The readout, of eight parcels of few labels instead of the atlas'."""
     torch.manual_seed(0)
-    network = CovarianceReadout(**(SMALL | {"components": [1]} | changes))
-    network.parcels = [list(members) for members in MEMBERS]
+    network = CovarianceReadout(**(SMALL | {"components": {"group": [1]}} | changes))
+    network.parcels |= {"group": [list(members) for members in MEMBERS], "label": [[k] for k in range(LABELS)]}
     return network
 
 
@@ -138,19 +138,19 @@ def test_what_repeats_in_every_clip_does_not_count():
 
 def test_the_state_goes_through_a_file_and_other_settings_are_refused():
     (runs, labels), (others, _) = cohort(24, 0), cohort(6, 1)
-    network = readout(components=[2])
+    network = readout(components={"group": [2]})
     network.fit(runs, labels, BINARY)
     file = io.BytesIO()
     torch.save(network.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    again = readout(components=[2])
+    again = readout(components={"group": [2]})
     with pytest.raises(InputError, match="was not fitted"):
         scores(again, others)
     again.load_state_dict(state, strict=True)
     np.testing.assert_array_equal(scores(again, others), scores(network, others))
     with pytest.raises(InputError, match="fitted with stage 1, but here it is 0"):
-        readout(components=[2], stage=0).load_state_dict(state)
+        readout(components={"group": [2]}, stage=0).load_state_dict(state)
     with pytest.raises(InputError, match=r"\(10, 11, 4\), not \(9, 11, 4\)"):
         again(others[0][:, :9])
     with pytest.raises(InputError, match="one clip"):
@@ -208,7 +208,7 @@ def test_what_labels_average_away_is_found():
         return changed
 
     network = readout()
-    network.parcels = [[0, 1], [3, 4], *([k] for k in range(6, LABELS))]
+    network.parcels["group"] = [[0, 1], [3, 4], *([k] for k in range(6, LABELS))]
     network.fit([opposed(run) for run in runs], labels, BINARY)
     assert roc_auc_score(truth, scores(network, [opposed(run) for run in others])) > 0.95
 
@@ -225,24 +225,51 @@ def test_as_many_components_are_taken_as_the_training_participants_ask_for():
     (runs, labels), (others, truth) = cohort(40, 0), cohort(40, 1)
     runs = [drowned(run, seed) for seed, run in enumerate(runs)]
     others = [drowned(run, 100 + seed) for seed, run in enumerate(others)]
-    one, either = readout(components=[1]), readout(components=[2, 1])
+    one, either = readout(components={"group": [1]}), readout(components={"group": [2, 1]})
     for network in (one, either):
         network.fit(runs, labels, BINARY)
     assert either.fitted["basis"].shape[-1] == 2
     assert roc_auc_score(truth, scores(either, others)) > 0.9
     assert roc_auc_score(truth, scores(one, others)) < 0.8
-    plain = readout(components=[1, 2])
+    plain = readout(components={"group": [1, 2]})
     plain.fit(*cohort(40, 0), BINARY)
     assert plain.fitted["basis"].shape[-1] == 1  # the second is noise
+
+
+def test_labels_by_themselves_are_taken_where_they_tell_what_their_groups_do_not():
+    """What differs is in one label of each of two groups, another of which is louder."""
+
+    def drowned(run: torch.Tensor, seed: int) -> torch.Tensor:
+        louder = run.clone()
+        loud = np.random.default_rng(seed).normal(size=(12, 10, 2))
+        louder[:, :, 1] += 4 * torch.tensor(loud[..., :1], dtype=torch.float32)
+        louder[:, :, 2] = run[:, :, 3] + 4 * torch.tensor(loud[..., 1:], dtype=torch.float32)
+        louder[:, :, 3] = run[:, :, 2]
+        return louder
+
+    (runs, labels), (others, truth) = cohort(40, 0), cohort(40, 1)
+    runs = [drowned(run, seed) for seed, run in enumerate(runs)]
+    others = [drowned(run, 100 + seed) for seed, run in enumerate(others)]
+    made = {}
+    for components in ({"group": [1]}, {"label": [1]}, {"group": [1], "label": [1]}):
+        network = made["+".join(components)] = readout(components=components)
+        network.parcels["group"] = [[0, 1], [2, 3], *([k] for k in range(4, LABELS))]
+        network.fit(runs, labels, BINARY)
+    assert roc_auc_score(truth, scores(made["group"], others)) < 0.8
+    assert roc_auc_score(truth, scores(made["group+label"], others)) > 0.9
+    np.testing.assert_array_equal(scores(made["group+label"], others), scores(made["label"], others))
+    again = readout(components={"group": [1], "label": [1]})
+    again.load_state_dict(made["group+label"].state_dict())
+    np.testing.assert_array_equal(scores(again, others), scores(made["label"], others))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_features_are_read_from_images(stage: int):
     torch.manual_seed(0)
-    network = CovarianceReadout(**SMALL, components=[1], stage=stage)
+    network = CovarianceReadout(**SMALL, components={"group": [1]}, stage=stage)
     image = torch.randn(2, 1, 96, 96, 96, 10)
     features = network.features(image)
-    assert sorted(row for rows in network.parcels for row in rows) == list(range(features.shape[2]))
+    assert sorted(row for rows in network.parcels["group"] for row in rows) == list(range(features.shape[2]))
     assert features.shape == (2, 10, len(network.shares), 4 * 2 ** max(stage - 1, 0))
     assert features.dtype == torch.float32
     if stage == 1:
@@ -256,7 +283,11 @@ def test_features_are_read_from_images(stage: int):
     [
         ({"freeze": False}, "stays frozen"),
         ({"subtract": "mean"}, "subtract must be"),
-        ({"components": [5]}, "components must be 1 to 4"),
+        ({"components": {"label": [1], "group": [1, 5]}}, "components must be numbers of 1 to 4"),
+        ({"components": {"group": []}}, "components must be numbers"),
+        ({"components": {}}, "components must be numbers"),
+        ({"components": [1]}, r"components must be numbers of 1 to 4.* by level, .* not \[1\]"),
+        ({"components": {"voxel": [1]}}, "level must be one of label, group, not 'voxel'"),
         ({"stage": 3}, "stage must be 0 to 2"),
     ],
 )

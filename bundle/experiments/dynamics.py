@@ -150,11 +150,12 @@ def _pretrain(plan: Plan, workers: int) -> None:
     if plan.pretraining is None:
         raise InputError(f"the plan's encoder {min(wanted)!r} is to be pretrained, but it does not say on what")
     subjects, seed = plan.pretraining["subjects"], plan.pretraining["seed"]
-    with locked(Path(f"{folder}.lock"), patience_s=math.inf), parallel_map(workers, None) as each:
+    with locked(Path(f"{folder}.lock"), patience_s=math.inf):
         store = prepared_cohort(folder, subjects, "nothing", 0.0, seed, plan.duration_s)
         if not (folder / "splits.json").is_file():
             save_splits(make_splits(read_manifest(store)["runs"]), folder / "splits.json")
-        each(partial(_pretrain_one, plan, store), wanted, "encoders")
+        with parallel_map(workers, None) as each:
+            each(partial(_pretrain_one, plan, store), wanted, "encoders")
 
 
 def _pretrained(plan: Plan) -> list[str]:
@@ -213,10 +214,14 @@ def _cell(plan: Plan, cohort: str, seed: int, encoder: str) -> Path:
 
 def _run_cohort(plan: Plan, which: tuple[str, int]) -> None:
     folder = Path(plan.results) / "cohorts" / "{}_seed-{}".format(*which)
-    with locked(Path(f"{folder}.lock"), patience_s=math.inf):
-        missing = [name for name in _cells(plan) if not _cell(plan, *which, name).is_file()]
-        if missing:
-            _run_missing(plan, *which, folder, missing)
+    if _missing(plan, *which):  # a finished cohort is neither waited for nor written to
+        with locked(Path(f"{folder}.lock"), patience_s=math.inf):
+            if missing := _missing(plan, *which):  # another command may have finished it meanwhile
+                _run_missing(plan, *which, folder, missing)
+
+
+def _missing(plan: Plan, cohort: str, seed: int) -> list[str]:
+    return [name for name in _cells(plan) if not _cell(plan, cohort, seed, name).is_file()]
 
 
 def _run_missing(plan: Plan, cohort: str, seed: int, folder: Path, missing: list[str]) -> None:

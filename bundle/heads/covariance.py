@@ -74,7 +74,6 @@ class CovarianceReadout(FittedHead):
         if subtract not in SUBTRACT:
             raise InputError(f"subtract must be clip_mean, training_mean or null, not {subtract!r}")
         edge, channels = self.encoder.tokens_of(stage)
-        self.stage, self.subtract = stage, subtract
         if not (isinstance(components, Mapping) and components) or not all(
             numbers and min(numbers) >= 1 and max(numbers) <= channels for numbers in components.values()
         ):
@@ -82,6 +81,7 @@ class CovarianceReadout(FittedHead):
                 f"components must be numbers of 1 to {channels}, the channels of stage {stage}, by level, such as "
                 f'{{"group": [1]}}, not {components}'
             )
+        self.stage, self.subtract = stage, subtract
         self.components = {level: sorted(numbers) for level, numbers in components.items()}
         self.parcels = {level: label_members(atlas, level) for level in self.components}
         self.register_buffer("shares", token_shares(atlas, edge, self.encoder.image_size), persistent=False)
@@ -147,8 +147,11 @@ class CovarianceReadout(FittedHead):
                 model.fit(rows, truth)
                 if model.best_score_ > best:
                     best, best_model, chosen = model.best_score_, model, f"{number} components of each {level}"
-                    found = {"basis": basis[..., -number:].contiguous(), "spread": spread[:, -number:].contiguous()}
-                    found["parcel"] = parcel
+                    found = {
+                        "parcel": parcel,
+                        "basis": basis[..., -number:].contiguous(),
+                        "spread": spread[:, -number:].contiguous(),
+                    }
         logger.info("Of the choices %s, covariance of %s scores best in training", self.components, chosen)
         measures = {
             "mean": best_model.connectivity_.mean_,

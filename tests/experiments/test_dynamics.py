@@ -5,6 +5,7 @@ Not covered: how large the scores are (docs/dynamics.md), pretraining itself (te
 """
 
 import json
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -266,6 +267,9 @@ def test_a_plan_is_run_once_and_goes_on_where_cells_are_missing(tmp_path, small_
     next(path for path in cells if "seed-1" in str(path)).unlink()
     pd.testing.assert_frame_equal(dynamics.run_plan(plan), rows)
     assert small_cohorts == [0, 1, 1]
+    shutil.rmtree(tmp_path / "results" / "cohorts")
+    pd.testing.assert_frame_equal(dynamics.run_plan(plan), rows)
+    assert not (tmp_path / "results" / "cohorts").exists()  # what is finished is not locked, and nothing is written
     changed = dynamics.read_plan(plan_file(tmp_path, readouts={"mean": {"kind": "mean"}}))
     assert set(dynamics.run_plan(changed)["readout"]) == {"mean", "covariance"}  # those of no encoder stay
     assert small_cohorts == [0, 1, 1, 0, 1]

@@ -206,7 +206,10 @@ def _cell(plan: Plan, cohort: str, seed: int, encoder: str) -> Path:
     if encoder != NO_ENCODER and "size" not in settings:
         settings = {"checkpoint": file_sha256(_checkpoint(plan, encoder))}
     shaping = [settings, plan.subjects, plan.effect, plan.duration_s, plan.folds, list(plan.sizes), list(plan.shift)]
-    shaping += [plan.painted if cohort == PAINTED else None, CEILING if encoder == NO_ENCODER else dict(plan.readouts)]
+    shaping += [
+        plan.painted if cohort == PAINTED else None,
+        [*CONNECTIVITY, CEILING] if encoder == NO_ENCODER else dict(plan.readouts),
+    ]
     shaping += [] if plan.atlas == AAL3 else [load_atlas(plan.atlas).sha256]
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
     return Path(plan.results) / "cells" / f"{cohort}_seed-{seed}" / f"{slug(encoder)}-{digest}.csv"

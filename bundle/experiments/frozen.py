@@ -12,6 +12,7 @@ import torch
 from monai.transforms import Compose
 from nilearn import signal
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import Pipeline
@@ -39,9 +40,16 @@ from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.preparation import store
 from bundle.tasks.binary import Binary
 
-CONNECTIVITY = ("connectivity of labels", "connectivity of groups", "connectivity of components")
+CONNECTIVITY = (
+    "connectivity of labels",
+    "connectivity of groups",
+    "connectivity of components",
+    "connectivity of patches",
+)
 """Readouts without an encoder: of all labels, as the baseline of a sweep; of the groups' means; of `COMPONENTS`
-principal components of each group's labels, as the covariance readout has them of an encoder's channels."""
+principal components of each group's labels, or of the means of its patches of `PATCH` voxels each way, as the
+covariance readout has them of an encoder's channels. Only the last sees what is inside a label."""
+PATCH = 6  # of the encoder, see `SwinMambaEncoder`
 CEILING = "connectivity of planted patterns"
 """Of the courses that a synthetic cohort's patterns inside labels really have in the images, one per group: what an
 encoder could pass on at best of the cohort `pattern`, where the number of training subjects is what is left to limit
@@ -132,24 +140,36 @@ def connectivity_rows(design: Design, folder: Path, synthetic: bool = True) -> I
     atlas = load_atlas(design.atlas)
     tables = participant_series(folder, runs, folder.parent / "series", atlas)
     parcels = parcels_of(atlas, "group")
+    groups = parcel_index(atlas, parcels)
+    patches, group_of_patch = _patches(groups)
+    planted = labels_on(load_atlas(), grid.AFFINE, grid.SHAPE).ravel()  # whatever the design's atlas is
     of_labels = [tables[run["participant_id"]].to_numpy() for run in runs]
-    groups = parcel_index(atlas, parcels).ravel()
-    of_groups = [_group_series(folder, run["run_id"], groups) for run in runs]
-    patterns = []
-    if synthetic:
-        planted = labels_on(load_atlas(), grid.AFFINE, grid.SHAPE).ravel()  # whatever the design's atlas is
-        patterns = [_group_series(folder, run["run_id"], groups, planted) for run in runs]
+    of_groups, of_patches, of_patterns = [], [], []
+    for run in runs:
+        voxels = store.read_voxels(folder, run["run_id"])
+        frames = store.read_clip(folder, run["run_id"], 0, run["frames"]).astype(float)
+        own = groups.ravel()[voxels]
+        of_groups.append(_means(frames, own, len(parcels)))
+        of_patches.append(_means(frames, patches.ravel()[voxels], len(group_of_patch)))
+        if synthetic:
+            mm = nib.affines.apply_affine(grid.AFFINE, np.stack(np.unravel_index(voxels, grid.SHAPE), axis=-1))
+            pattern = label_pattern(mm, planted[voxels], np.ones(len(voxels)))
+            of_patterns.append(_means(frames * pattern, own, len(parcels)))
     names = next(iter(tables.values())).columns
     members = [names.get_indexer([atlas.names[n] for n in numbers]) for numbers in parcels.values()]
     members = [columns[columns >= 0] for columns in members if max(columns) >= 0]
+    patches_of = [np.flatnonzero(group_of_patch == group) for group in np.unique(group_of_patch)]
 
     def fitted(rows: list, truth: NDArray, test: list, **options: Any) -> NDArray:
         model = ConnectivityModel(*TASK.linear(design.seed), design.seed, **options).fit(rows, truth)
         return model.decision_function(test)[:, 0]
 
-    def reduced(rows: list, truth: NDArray, test: list) -> NDArray:
+    def reduced(members: list[NDArray], rows: list, truth: NDArray, test: list) -> NDArray:
         joined = np.concatenate(rows)
-        axes = [PCA(min(COMPONENTS, len(columns))).fit(joined[:, columns]) for columns in members]
+        axes = [
+            PCA(min(COMPONENTS, len(columns)), svd_solver="covariance_eigh").fit(joined[:, columns])
+            for columns in members
+        ]
 
         def courses(row: NDArray) -> NDArray:
             return np.hstack([axis.transform(row[:, columns]) for axis, columns in zip(axes, members, strict=True)])
@@ -160,29 +180,43 @@ def connectivity_rows(design: Design, folder: Path, synthetic: bool = True) -> I
     rivals: list[tuple[list, Readout]] = [
         (of_labels, partial(fitted, kinds=KINDS)),
         (of_groups, tangent),
-        (of_labels, reduced),
+        (of_labels, partial(reduced, members)),
+        (of_patches, partial(reduced, patches_of)),
     ]
-    named = dict(zip(CONNECTIVITY, rivals, strict=True)) | ({CEILING: (patterns, tangent)} if patterns else {})
+    named = dict(zip(CONNECTIVITY, rivals, strict=True)) | ({CEILING: (of_patterns, tangent)} if synthetic else {})
     for name, (series, readout) in named.items():
         for row in _tested(design, runs, {False: series}, readout):
             yield row | {"readout": name}
 
 
-def _group_series(
-    folder: Path, run_id: str, groups: NDArray[np.int64], planted: NDArray[np.int64] | None = None
-) -> NDArray[np.float64]:
-    """Mean course (T, groups) of the voxels of each group, detrended and of SD 1, as `region_series` of labels.
+def _patches(groups: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Number what each group has of each patch.
 
-    Given AAL3's labels on the flat grid, each voxel counts by the pattern that synthetic cohorts have inside them.
+    Args:
+        groups: number of each voxel's group on the grid, 0 for none.
+
+    Returns:
+        Number of each voxel's patch, `grid.SHAPE`, 0 without a group; and the group of each patch, from number 1 on.
     """
-    voxels = store.read_voxels(folder, run_id)
-    of_voxel = groups[voxels]
-    frames = store.read_clip(folder, run_id, 0, store.count_frames(folder, run_id)).astype(float)
-    if planted is not None:
-        mm = nib.affines.apply_affine(grid.AFFINE, np.stack(np.unravel_index(voxels, grid.SHAPE), axis=-1))
-        frames *= label_pattern(mm, planted[voxels], np.ones(len(voxels)))
-    series = np.stack([frames[:, of_voxel == group].mean(1) for group in range(1, groups.max() + 1)], axis=1)
-    return signal.clean(series, detrend=True, standardize="zscore_sample")
+    edges = np.indices(grid.SHAPE) // PATCH
+    pairs = np.stack([*edges, groups])[:, groups > 0]
+    found, numbers = np.unique(pairs, axis=1, return_inverse=True)
+    patches = np.zeros(grid.SHAPE, np.int64)
+    patches[groups > 0] = numbers + 1
+    return patches, found[-1]
+
+
+def _means(frames: NDArray, numbers: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """Mean course (T, count) of the voxels of each number from 1 on, detrended and of SD 1 (see `region_series`).
+
+    Args:
+        frames: (T, V) values.
+        numbers: (V,) of each voxel; those of 0 are left out.
+        count: the highest number. The course of a number without voxels is 0.
+    """
+    sizes = np.bincount(numbers, minlength=count + 1)
+    weights = csr_array((1 / sizes[numbers], (numbers, np.arange(len(numbers)))), (count + 1, len(numbers)))
+    return signal.clean((weights @ frames.T).T[:, 1:], detrend=True, standardize="zscore_sample")
 
 
 def encoder_rows(design: Design, folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nilearn import signal
 from sklearn.metrics import roc_auc_score
 from small_stores import TR, planted_store, some_voxels, write_store
 
@@ -28,6 +29,7 @@ from bundle.experiments.patterns import label_pattern
 from bundle.experiments.signals import group_latents, label_signals, latents_of
 from bundle.experiments.synthetic import SITES, plan_cohort
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
+from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.training.checkpoints import save_checkpoint
 from bundle.training.provenance import Provenance
 
@@ -109,7 +111,7 @@ def test_a_large_coupling_is_seen_by_connectivity_of_labels_groups_and_component
         assert table[readout, True] < 0.8
 
 
-def test_a_pattern_inside_labels_is_seen_by_its_own_connectivity_and_not_by_that_of_labels(tmp_path):
+def test_a_pattern_inside_labels_is_seen_by_its_own_connectivity_and_by_patches_and_not_by_labels(tmp_path):
     voxels, labels = some_voxels(per_label=12, every=4)
     numbers = np.unique(labels)
     mm = nib.affines.apply_affine(grid.AFFINE, np.stack(np.unravel_index(voxels, grid.SHAPE), axis=-1))
@@ -118,7 +120,7 @@ def test_a_pattern_inside_labels_is_seen_by_its_own_connectivity_and_not_by_that
     def bold(subject: dict, rng: np.random.Generator) -> np.ndarray:
         latents, inner = (group_latents(subject[name], 200, TR, rng) for name in ("coupling_z", "pattern_z"))
         place = np.searchsorted(numbers, labels)
-        course = label_signals(latents, numbers, TR, rng)[:, place] + pattern * latents_of(inner, numbers)[:, place]
+        course = label_signals(latents, numbers, TR, rng)[:, place] + 2 * pattern * latents_of(inner, numbers)[:, place]
         return course + rng.standard_normal(course.shape)
 
     folder = write_store(tmp_path, plan_cohort(30, 6.0, 0, SITES, "pattern"), bold, voxels)
@@ -126,7 +128,35 @@ def test_a_pattern_inside_labels_is_seen_by_its_own_connectivity_and_not_by_that
     table = summarise(rows.assign(encoder="none", cohort="pattern", seed=0), resamples=50)
     found = table[~table["shuffled"]].set_index("readout")["auroc"]
     assert found["connectivity of planted patterns"] > 0.9
+    assert found["connectivity of patches"] > 0.85
     assert found["connectivity of labels"] < 0.75
+
+
+def test_patches_are_the_encoders_and_hold_voxels_of_one_group():
+    groups = np.random.default_rng(0).integers(0, 4, grid.SHAPE)
+    patches, group_of = frozen._patches(groups)
+    edge = SwinMambaEncoder(embed_dim=24, depths=[1, 1, 1, 1], frames=8).patch_size
+    place = np.indices(grid.SHAPE) // edge
+    np.testing.assert_array_equal(patches > 0, groups > 0)
+    seen: dict[int, tuple] = {}
+    for voxel in map(tuple, np.random.default_rng(1).integers(0, grid.SHAPE, (5000, 3))):
+        if groups[voxel]:
+            whose = (*place[(slice(None), *voxel)], groups[voxel])
+            assert seen.setdefault(patches[voxel], whose) == whose
+            assert group_of[patches[voxel] - 1] == groups[voxel]
+    assert len(set(seen.values())) == len(seen)
+    assert len(group_of) == 3 * (grid.SHAPE[0] // edge) ** 3  # all groups are everywhere
+
+
+def test_mean_courses_are_those_of_nilearn_voxel_by_voxel():
+    rng = np.random.default_rng(0)
+    frames, numbers = rng.normal(size=(30, 50)), rng.integers(0, 4, 50)
+    numbers[numbers == 2] = 0
+    found = frozen._means(frames, numbers, 4)
+    for number in (1, 3):
+        expected = signal.clean(frames[:, numbers == number].mean(1)[:, None], standardize="zscore_sample")[:, 0]
+        np.testing.assert_allclose(found[:, number - 1], expected, atol=1e-12)
+    assert not found[:, [1, 3]].any()
 
 
 def test_a_readout_is_given_training_subjects_with_their_labels_and_never_those_that_it_scores(store):

@@ -8,7 +8,7 @@ import numpy as np
 from nilearn.connectome import ConnectivityMeasure
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, clone, is_classifier
-from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
 from bundle.errors import InputError
@@ -69,6 +69,8 @@ class ConnectivityModel(BaseEstimator):
         bias_: (k,), its constants.
         best_params_: the chosen kind and penalty.
         best_score_: their score in the inner folds.
+        skill_: what of it is beyond chance, 0.5 of an area under a curve and 0 of R².
+        spread_: SD of the outputs there, of the rows held back.
     """
 
     def __init__(
@@ -119,6 +121,12 @@ class ConnectivityModel(BaseEstimator):
                 self.weights_ = np.atleast_2d(search.best_estimator_.coef_) @ basis / scaler.scale_
                 self.bias_ = np.atleast_1d(search.best_estimator_.intercept_) - self.weights_ @ scaler.mean_
                 self.best_params_: dict[str, Any] = {"kind": kind} | search.best_params_
+                best, projected = search.best_estimator_, left * lengths
+        classes = is_classifier(self.model)
+        self.skill_ = self.best_score_ - 0.5 * classes
+        method = "decision_function" if classes else "predict"
+        outputs = cross_val_predict(best, projected, labels, cv=folds, method=method)
+        self.spread_ = float(np.sqrt(outputs.var(axis=0).mean()))
         return self
 
     def decision_function(self, rows: Sequence[Any]) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ from bundle.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
-COMPONENTS = MappingProxyType({"group": (1, 2)})
+COMPONENTS = MappingProxyType({"group": (1, 2), "label": (1,)})
 SUBTRACT = ("clip_mean", "training_mean", None)
 FAINT = 1e-4
 """A component whose SD in a run is below this share of its SD in training is rounding noise, and counts as still."""
@@ -39,6 +39,10 @@ class CovarianceReadout(FittedHead):
     `ConnectivityMeasure`), standardised, and weighed by the task's linear model (of classes a logistic regression)
     whose penalty is tuned in folds of the training participants.
 
+    Each level of parcels has a model of its own, and the output is a mean of theirs: each brought to one SD over the
+    participants that inner folds hold back, and weighed by how much better than chance it scores on them. What tells
+    groups apart may be inside labels or between them, and a mean costs less than a wrong choice (docs/dynamics.md).
+
     Nothing is learnt by gradients: `fit` fits all of it, and the state dict holds it as plain tensors.
 
     Args:
@@ -46,8 +50,8 @@ class CovarianceReadout(FittedHead):
         outputs: numbers per run, see `bundle.tasks.task.Task`.
         stage: whose tokens are read, see `SwinMambaEncoder.tokens`.
         components: which parcels, and how many principal components of each, to choose from: numbers by level, which is
-            "label", each by itself, or "group" (of AAL3: the seven regions and the insula). Level and number that score
-            best in folds of the training participants are taken; of equals the first.
+            "label", each by itself, or "group" (of AAL3: the seven regions and the insula). Of a level that number is
+            taken which scores best in folds of the training participants; of equals the first.
         subtract: what is taken off before, frame by frame of the clip: "clip_mean", the run's own mean over its clips;
             "training_mean", the mean over all clips of all training runs; or None. (The embedding of time repeats in
             every clip, and would pass for a fluctuation that all parcels share.)
@@ -95,12 +99,22 @@ class CovarianceReadout(FittedHead):
     def get_extra_state(self) -> dict[str, Any]:
         """Return the settings, and all that was fitted as tensors on the CPU; `torch.load(weights_only=True)` reads it.
 
-        The tensors are `training_mean` (T, L, c) of L labels, `parcel` (L,), the number of each label's parcel, or -1,
-        `basis` (L, c, k), each label's part of its parcel's components, `spread` (P, k) of P parcels, `mean` and
-        `whitening` (P * k, P * k), `weights` (m, P * k * (P * k + 1) / 2) and `bias` (m,) of m outputs; there are none
-        before `fit`.
+        The tensors are `training_mean` (T, L, c) of L labels; by level, with its name and a dot before, `parcel` (L,),
+        the number of each label's parcel, or -1, `basis` (L, c, k), each label's part of its parcel's components,
+        `spread` (P, k) of P parcels, `mean` and `whitening` (P * k, P * k); and for `vectors` of d numbers, level after
+        level, `weights` (m, d) and `bias` (m,) of m outputs. There are none before `fit`.
         """
         return super().get_extra_state()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `get_extra_state` returned.
+
+        Raises:
+            InputError: it was fitted with other settings, or by an earlier version.
+        """
+        super().set_extra_state(state)
+        if self.fitted and not all(f"{level}.basis" in self.fitted for level in self.components):
+            raise InputError("the CovarianceReadout was fitted by an earlier version; fit it again")
 
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
@@ -132,34 +146,51 @@ class CovarianceReadout(FittedHead):
         self.fitted = {"training_mean": torch.as_tensor(total).cpu() / sum(map(len, runs))}
         names = participants or range(len(runs))
         label_of = dict(zip(names, labels, strict=True))
-        truth, best = task.scaled(np.array(list(label_of.values()), float)), -np.inf
-        for level, numbers in self.components.items():
-            parcel, basis, spread = self._principal(runs, self.parcels[level], numbers[-1])
-            joined: dict[Hashable, list[Tensor]] = {}
-            for name, run in zip(names, runs, strict=True):
-                joined.setdefault(name, []).append(self._components_of(run, parcel, basis))
-            for number in numbers:
-                rows = [
-                    np.concatenate([_courses(part[..., -number:], spread[:, -number:]) for part in parts])
-                    for parts in joined.values()
-                ]
-                model = ConnectivityModel(*task.linear(seed), seed, kinds=["tangent"], discard_diagonal=False)
-                model.fit(rows, truth)
-                if model.best_score_ > best:
-                    best, best_model, chosen = model.best_score_, model, f"{number} components of each {level}"
-                    found = {
-                        "parcel": parcel,
-                        "basis": basis[..., -number:].contiguous(),
-                        "spread": spread[:, -number:].contiguous(),
-                    }
-        logger.info("Of the choices %s, covariance of %s scores best in training", self.components, chosen)
-        measures = {
-            "mean": best_model.connectivity_.mean_,
-            "whitening": best_model.connectivity_.whitening_,
-            "weights": best_model.weights_,
-            "bias": best_model.bias_,
+        truth = task.scaled(np.array(list(label_of.values()), float))
+        models = [self._fit_level(level, runs, names, truth, task, seed) for level in self.components]
+        skills = np.array([max(model.skill_, 0) for model in models])
+        shares = skills / skills.sum() if skills.any() else np.full(len(models), 1 / len(models))
+        spreads = np.array([model.spread_ or 1 for model in models])
+        shares *= shares @ spreads / spreads
+        weights = np.hstack([share * model.weights_ for share, model in zip(shares, models, strict=True)])
+        bias = sum(share * model.bias_ for share, model in zip(shares, models, strict=True))
+        self.fitted |= {"weights": torch.from_numpy(weights), "bias": torch.as_tensor(bias)}
+
+    def _fit_level(
+        self,
+        level: str,
+        runs: Sequence[Tensor],
+        names: Sequence[Hashable],
+        truth: NDArray[np.float64],
+        task: Task,
+        seed: int,
+    ) -> ConnectivityModel:
+        """Fit components and tangent space of one level of parcels, and return its model."""
+        numbers = self.components[level]
+        parcel, basis, spread = self._principal(runs, self.parcels[level], numbers[-1])
+        joined: dict[Hashable, list[Tensor]] = {}
+        for name, run in zip(names, runs, strict=True):
+            joined.setdefault(name, []).append(self._components_of(run, parcel, basis))
+        models = {}
+        for number in numbers:
+            rows = [
+                np.concatenate([_courses(part[..., -number:], spread[:, -number:]) for part in parts])
+                for parts in joined.values()
+            ]
+            model = ConnectivityModel(*task.linear(seed), seed, kinds=["tangent"], discard_diagonal=False)
+            models[number] = model.fit(rows, truth)
+        number = max(models, key=lambda number: models[number].best_score_)  # of equals the first
+        model = models[number]
+        logger.info("Covariance of %d components of each %s, of %s, scores best in training", number, level, numbers)
+        found = {
+            "parcel": parcel,
+            "basis": basis[..., -number:].contiguous(),
+            "spread": spread[:, -number:].contiguous(),
+            "mean": torch.as_tensor(model.connectivity_.mean_, dtype=torch.float64),
+            "whitening": torch.as_tensor(model.connectivity_.whitening_, dtype=torch.float64),
         }
-        self.fitted |= found | {k: torch.as_tensor(v, dtype=torch.float64) for k, v in measures.items()}
+        self.fitted |= {f"{level}.{name}": tensor for name, tensor in found.items()}
+        return model
 
     def _principal(
         self, runs: Sequence[Tensor], members: Sequence[Sequence[int]], most: int
@@ -205,16 +236,24 @@ class CovarianceReadout(FittedHead):
         return torch.from_numpy(self.vectors(features, counts))
 
     def vectors(self, image: Tensor, counts: Sequence[int] | None = None) -> NDArray[np.float64]:
-        """What `forward` weighs: the runs in tangent space, (n, P * k * (P * k + 1) / 2); it raises the same."""
+        """What `forward` weighs: the runs in tangent space, level after level, (n, d); it raises the same.
+
+        Of P parcels with k components a level has P * k * (P * k + 1) / 2 numbers.
+        """
         self.require_fitted()
         features = image.detach() if image.ndim == 4 else self.features(image)
-        counts = [len(features)] if counts is None else list(counts)
-        parcel, basis, spread = (self.fitted[name] for name in ("parcel", "basis", "spread"))
-        courses = [_courses(self._components_of(run, parcel, basis), spread) for run in features.split(counts)]
-        connectivity = ConnectivityMeasure(kind="tangent", vectorize=True, standardize=False)
-        connectivity.cov_estimator_ = LedoitWolf(store_precision=False)
-        connectivity.mean_, connectivity.whitening_ = (self.fitted[name].numpy() for name in ("mean", "whitening"))
-        return connectivity.transform([*courses, courses[0]])[:-1]  # it refuses one run alone
+        runs = features.split([len(features)] if counts is None else list(counts))
+        found = []
+        for level in self.components:
+            parcel, basis, spread, mean, whitening = (
+                self.fitted[f"{level}.{name}"] for name in ("parcel", "basis", "spread", "mean", "whitening")
+            )
+            courses = [_courses(self._components_of(run, parcel, basis), spread) for run in runs]
+            connectivity = ConnectivityMeasure(kind="tangent", vectorize=True, standardize=False)
+            connectivity.cov_estimator_ = LedoitWolf(store_precision=False)
+            connectivity.mean_, connectivity.whitening_ = mean.numpy(), whitening.numpy()
+            found.append(connectivity.transform([*courses, courses[0]])[:-1])  # it refuses one run alone
+        return np.hstack(found)
 
     def _centred(self, run: Tensor) -> Tensor:
         """A run's features (C, T, L, c) as deviations (C * T, L, c) from a line over the run, float64 on the CPU."""

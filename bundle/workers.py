@@ -1,6 +1,10 @@
 """Where work is done: in processes on this machine, or by the workers of a Dask scheduler."""
 
+import ctypes
 import gc
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -15,6 +19,8 @@ from bundle.errors import InputError
 @contextmanager
 def parallel_map(workers: int, scheduler: str | None) -> Iterator[Callable[[Callable, Sequence, str], list]]:
     """Give a function `each(function, tasks, what)` that maps over tasks here, in processes, or on Dask's workers.
+
+    On Linux the processes end with the one that called this, also where it is killed: they would wait for ever.
 
     Raises:
         InputError: Dask is not installed or does not answer, or a worker was killed.
@@ -32,7 +38,10 @@ def parallel_map(workers: int, scheduler: str | None) -> Iterator[Callable[[Call
             executor, killed = stack.enter_context(dask_executor(scheduler))
             deaths = (BrokenExecutor, killed)
         elif workers > 1:
-            executor = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            pool = ProcessPoolExecutor(
+                workers, mp_context=get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+            )
+            executor = stack.enter_context(pool)
         try:
             yield each
         except deaths as error:
@@ -40,6 +49,14 @@ def parallel_map(workers: int, scheduler: str | None) -> Iterator[Callable[[Call
                 "a worker process ended abruptly, most likely out of memory; run again with fewer workers, "
                 "finished runs are kept"
             ) from error
+
+
+def _end_with(parent: int) -> None:
+    """Have the system kill this worker when the process that started it ends; files are written whole or not at all."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

@@ -45,10 +45,16 @@ def alive(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"  # a zombie has ended
 
 
+ALONE = """import subprocess; from bundle.process import ends_with_parent
+subprocess.run(ends_with_parent('-c', sys.argv[1]))"""
+POOL = """from bundle.workers import parallel_map
+with parallel_map(2, None) as each:
+    each(exec, [sys.argv[1]], 'sleepers')"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
-def test_a_training_process_ends_with_the_one_that_started_it():
-    code = "import subprocess; from bundle.process import ends_with_parent as with_parent\n"
-    code += "subprocess.run(with_parent('-c', sys.argv[1]))"
+@pytest.mark.parametrize("code", [ALONE, POOL], ids=["training", "worker"])
+def test_a_process_ends_with_the_one_that_started_it(code: str):
     parent, child = start(code, SLEEP)
     assert alive(child)
     assert child != parent.pid

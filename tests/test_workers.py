@@ -1,4 +1,7 @@
-"""The garbage collector around many records. Not covered: `parallel_map`, see tests/preparation/test_prepare.py."""
+"""The garbage collector around many records.
+
+Not covered: `parallel_map`, see tests/preparation/test_prepare.py and tests/test_process.py.
+"""
 
 import gc
 import weakref

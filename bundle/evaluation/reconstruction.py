@@ -36,11 +36,11 @@ def voxel_sums(prediction: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Squared error, and residual and total temporal sum of squares around the clip's mean, of each voxel.
 
     Args:
-        prediction: `(X, Y, Z, T)`.
+        prediction: `(V, T)`.
         image: the same shape.
 
     Returns:
-        Three tensors `(X, Y, Z)`, float32, summed over T.
+        Three tensors `(V,)`, float32, summed over T.
     """
     y = image - image.mean(-1, keepdim=True)
     p = prediction - prediction.mean(-1, keepdim=True)
@@ -72,11 +72,12 @@ def label_sums(
     for unit in range(1, int(hidden.max()) + 1):
         inside = hidden == unit
         prediction = predict(image, mask=torch.from_numpy(inside)[None, None].to(image.device))
-        parts = [part.double().cpu().numpy() for part in voxel_sums(prediction[0, 0].float(), image[0, -1].float())]
         scored = inside & brain
-        counts = np.full(int(scored.sum()), image.shape[-1], float)
-        columns = [parts[0][scored], counts, parts[1][scored], parts[2][scored]]
-        for column, values in enumerate(columns):
+        at = torch.from_numpy(scored).to(image.device)
+        found = voxel_sums(prediction[0, 0][at].float(), image[0, -1][at].float())
+        squared, residual, total = (part.double().cpu().numpy() for part in found)
+        counts = np.full(len(squared), image.shape[-1], float)
+        for column, values in enumerate((squared, counts, residual, total)):
             sums[:, column] += np.bincount(labels[scored], values, minlength=len(sums))
     return sums[1:]
 

@@ -68,8 +68,9 @@ class ConnectivityModel(BaseEstimator):
         weights_: (k, features) of connectivity as it is, or harmonised, scaling included.
         bias_: (k,), its constants.
         best_params_: the chosen kind and penalty.
+        centre_: (k,), the mean output over the rows that it was fitted to.
         best_score_: their score in the inner folds.
-        skill_: what of it is beyond chance, 0.5 of an area under a curve and 0 of R².
+        skill_: what of it is beyond chance, of classes an area under a curve of 0.5.
         spread_: SD of the outputs there, of the rows held back.
     """
 
@@ -124,6 +125,7 @@ class ConnectivityModel(BaseEstimator):
                 best, projected = search.best_estimator_, left * lengths
         classes = is_classifier(self.model)
         self.skill_ = self.best_score_ - 0.5 * classes
+        self.centre_ = np.atleast_1d(best.intercept_)  # scaled rows have mean 0
         method = "decision_function" if classes else "predict"
         outputs = cross_val_predict(best, projected, labels, cv=folds, method=method)
         self.spread_ = float(np.sqrt(outputs.var(axis=0).mean()))

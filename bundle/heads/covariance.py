@@ -39,9 +39,11 @@ class CovarianceReadout(FittedHead):
     `ConnectivityMeasure`), standardised, and weighed by the task's linear model (of classes a logistic regression)
     whose penalty is tuned in folds of the training participants.
 
-    Each level of parcels has a model of its own, and the output is a mean of theirs: each brought to one SD over the
-    participants that inner folds hold back, and weighed by how much better than chance it scores on them. What tells
-    groups apart may be inside labels or between them, and a mean costs less than a wrong choice (docs/dynamics.md).
+    Each level of parcels has a model of its own, and the output is a mean of theirs: their deviations from the training
+    participants' mean output are brought to one SD over the participants that inner folds hold back, and weighed by how
+    much better than chance they score on them; a level that does not is left out. (The same folds have chosen penalties
+    and numbers, so that these scores are a little hopeful.) What tells groups apart may be inside labels or between
+    them: see docs/dynamics.md.
 
     Nothing is learnt by gradients: `fit` fits all of it, and the state dict holds it as plain tensors.
 
@@ -86,7 +88,7 @@ class CovarianceReadout(FittedHead):
                 f'{{"group": [1]}}, not {components}'
             )
         self.stage, self.subtract = stage, subtract
-        self.components = {level: sorted(numbers) for level, numbers in components.items()}
+        self.components = {level: sorted(components[level]) for level in sorted(components)}
         self.parcels = {level: label_members(atlas, level) for level in self.components}
         self.register_buffer("shares", token_shares(atlas, edge, self.encoder.image_size), persistent=False)
         self.settings |= {
@@ -102,7 +104,8 @@ class CovarianceReadout(FittedHead):
         The tensors are `training_mean` (T, L, c) of L labels; by level, with its name and a dot before, `parcel` (L,),
         the number of each label's parcel, or -1, `basis` (L, c, k), each label's part of its parcel's components,
         `spread` (P, k) of P parcels, `mean` and `whitening` (P * k, P * k); and for `vectors` of d numbers, level after
-        level, `weights` (m, d) and `bias` (m,) of m outputs. There are none before `fit`.
+        level, `weights` (m, d) and `bias` (m,) of m outputs. There are none before `fit`, and none of a level that is
+        left out.
         """
         return super().get_extra_state()
 
@@ -112,9 +115,11 @@ class CovarianceReadout(FittedHead):
         Raises:
             InputError: it was fitted with other settings, or by an earlier version.
         """
+        if "basis" in state["fitted"]:
+            raise InputError(
+                "the CovarianceReadout was fitted by an earlier version; train it again, into another folder"
+            )
         super().set_extra_state(state)
-        if self.fitted and not all(f"{level}.basis" in self.fitted for level in self.components):
-            raise InputError("the CovarianceReadout was fitted by an earlier version; fit it again")
 
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
@@ -140,7 +145,8 @@ class CovarianceReadout(FittedHead):
                 that no participant is on both sides of an inner fold.
 
         Raises:
-            InputError: a run does not fit, or there are too few participants, see `inner_folds`.
+            InputError: a run does not fit, there is one course alone, or there are too few participants, see
+                `inner_folds`.
         """
         total = sum(run.double().sum(0) for run in runs)
         self.fitted = {"training_mean": torch.as_tensor(total).cpu() / sum(map(len, runs))}
@@ -148,13 +154,22 @@ class CovarianceReadout(FittedHead):
         label_of = dict(zip(names, labels, strict=True))
         truth = task.scaled(np.array(list(label_of.values()), float))
         models = [self._fit_level(level, runs, names, truth, task, seed) for level in self.components]
-        skills = np.array([max(model.skill_, 0) for model in models])
-        shares = skills / skills.sum() if skills.any() else np.full(len(models), 1 / len(models))
-        spreads = np.array([model.spread_ or 1 for model in models])
-        shares *= shares @ spreads / spreads
-        weights = np.hstack([share * model.weights_ for share, model in zip(shares, models, strict=True)])
-        bias = sum(share * model.bias_ for share, model in zip(shares, models, strict=True))
-        self.fitted |= {"weights": torch.from_numpy(weights), "bias": torch.as_tensor(bias)}
+        several = np.array([model.weights_.shape[1] > 1 for model in models])  # else one course, whose variance is 1
+        if not several.any():
+            raise InputError("one component of one parcel varies together with nothing; take more components or labels")
+        skills = np.maximum([model.skill_ for model in models], 0) * several
+        skills = skills if skills.any() else several.astype(float)
+        shares, spreads = skills / skills.sum(), np.array([model.spread_ for model in models])
+        scales = shares * (shares @ spreads) / np.where(spreads > 0, spreads, 1)
+        weights, bias = [], np.zeros(self.outputs)
+        for level, model, share, scale in zip(self.components, models, shares, scales, strict=True):
+            logger.info("Share of each %s in the covariance readout: %.2f", level, share)
+            if share == 0:
+                self.fitted = {name: value for name, value in self.fitted.items() if not name.startswith(f"{level}.")}
+                continue
+            weights.append(scale * model.weights_)
+            bias += scale * (model.bias_ - model.centre_) + share * model.centre_
+        self.fitted |= {"weights": torch.from_numpy(np.hstack(weights)), "bias": torch.from_numpy(bias)}
 
     def _fit_level(
         self,
@@ -170,7 +185,7 @@ class CovarianceReadout(FittedHead):
         parcel, basis, spread = self._principal(runs, self.parcels[level], numbers[-1])
         joined: dict[Hashable, list[Tensor]] = {}
         for name, run in zip(names, runs, strict=True):
-            joined.setdefault(name, []).append(self._components_of(run, parcel, basis))
+            joined.setdefault(name, []).append(_components_of(self._centred(run), parcel, basis))
         models = {}
         for number in numbers:
             rows = [
@@ -232,8 +247,12 @@ class CovarianceReadout(FittedHead):
         return torch.as_tensor(outputs, dtype=torch.float32, device=image.device)
 
     def seen(self, features: Tensor, counts: Sequence[int]) -> Tensor:
-        """What is weighed of runs' `features`, see `vectors`."""
-        return torch.from_numpy(self.vectors(features, counts))
+        """Of what is weighed of runs' `features`, see `vectors`, the level with the fewest parcels.
+
+        It is what distances between subjects are made of; all pairs of a thousand labels would be half a million.
+        """
+        fewest = min(self._levels(), key=lambda level: len(self.fitted[f"{level}.mean"]))
+        return torch.from_numpy(self._tangent(features, counts, [fewest]))
 
     def vectors(self, image: Tensor, counts: Sequence[int] | None = None) -> NDArray[np.float64]:
         """What `forward` weighs: the runs in tangent space, level after level, (n, d); it raises the same.
@@ -242,13 +261,21 @@ class CovarianceReadout(FittedHead):
         """
         self.require_fitted()
         features = image.detach() if image.ndim == 4 else self.features(image)
-        runs = features.split([len(features)] if counts is None else list(counts))
+        return self._tangent(features, [len(features)] if counts is None else list(counts), self._levels())
+
+    def _levels(self) -> list[str]:
+        """Those that were not left out."""
+        return [level for level in self.components if f"{level}.basis" in self.fitted]
+
+    def _tangent(self, features: Tensor, counts: Sequence[int], levels: Sequence[str]) -> NDArray[np.float64]:
+        """Runs of `features` in the tangent spaces of some levels, one after another."""
+        runs = [self._centred(run) for run in features.split(list(counts))]
         found = []
-        for level in self.components:
+        for level in levels:
             parcel, basis, spread, mean, whitening = (
                 self.fitted[f"{level}.{name}"] for name in ("parcel", "basis", "spread", "mean", "whitening")
             )
-            courses = [_courses(self._components_of(run, parcel, basis), spread) for run in runs]
+            courses = [_courses(_components_of(run, parcel, basis), spread) for run in runs]
             connectivity = ConnectivityMeasure(kind="tangent", vectorize=True, standardize=False)
             connectivity.cov_estimator_ = LedoitWolf(store_precision=False)
             connectivity.mean_, connectivity.whitening_ = mean.numpy(), whitening.numpy()
@@ -275,12 +302,6 @@ class CovarianceReadout(FittedHead):
             values = values - self.fitted["training_mean"]
         return torch.from_numpy(detrend(values.flatten(0, 1).numpy(), axis=0))
 
-    def _components_of(self, run: Tensor, parcel: Tensor, basis: Tensor) -> Tensor:
-        """Each parcel's components (C * T, P, k) of a run's features (C, T, L, c)."""
-        parts = torch.einsum("nlc,lck->nlk", self._centred(run), basis)
-        found = parts.new_zeros(len(parts), int(parcel.max()) + 1, basis.shape[-1])
-        return found.index_add(1, parcel[parcel >= 0], parts[:, parcel >= 0])
-
 
 def correlation_of_labels(features: Tensor) -> Tensor:
     """How alike labels fluctuate, without anything fitted.
@@ -301,6 +322,13 @@ def correlation_of_labels(features: Tensor) -> Tensor:
     still = sizes <= FAINT * sizes.max()
     courses = courses / np.where(still, np.inf, sizes)[:, None]
     return torch.as_tensor((courses @ courses.T)[np.triu_indices(len(courses), 1)], dtype=torch.float32)
+
+
+def _components_of(centred: Tensor, parcel: Tensor, basis: Tensor) -> Tensor:
+    """Each parcel's components (n, P, k) of a run's deviations (n, L, c)."""
+    parts = torch.einsum("nlc,lck->nlk", centred, basis)
+    found = parts.new_zeros(len(parts), int(parcel.max()) + 1, basis.shape[-1])
+    return found.index_add(1, parcel[parcel >= 0], parts[:, parcel >= 0])
 
 
 def _courses(components: Tensor, expected: Tensor) -> NDArray[np.float64]:

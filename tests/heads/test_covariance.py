@@ -17,6 +17,9 @@ from tasks import BINARY
 
 from bundle.errors import InputError
 from bundle.heads.covariance import CovarianceReadout
+from bundle.tasks.multiclass import Multiclass
+from bundle.tasks.regression import Regression
+from bundle.tasks.task import Task
 
 SMALL = {"frames": 10, "embed_dim": 4, "depths": [1, 1]}
 PARCELS = 8
@@ -260,10 +263,14 @@ def test_what_labels_tell_and_their_groups_do_not_is_found_by_both_levels_togeth
     again = readout(components={"group": [1], "label": [1]})
     again.load_state_dict(made["group+label"].state_dict())
     np.testing.assert_array_equal(scores(again, others), scores(made["group+label"], others))
+    turned = readout(components={"label": [1], "group": [1]})
+    turned.load_state_dict(made["group+label"].state_dict())
+    np.testing.assert_array_equal(scores(turned, others), scores(made["group+label"], others))
     older = made["group+label"].state_dict()
-    older["_extra_state"]["fitted"].pop("label.basis")
+    older["_extra_state"]["fitted"]["basis"] = older["_extra_state"]["fitted"].pop("label.basis")
     with pytest.raises(InputError, match="earlier version"):
-        readout(components={"group": [1], "label": [1]}).load_state_dict(older)
+        again.load_state_dict(older)
+    np.testing.assert_array_equal(scores(again, others), scores(made["group+label"], others))
 
 
 def test_levels_speak_by_how_they_score_on_participants_held_back_whatever_the_size_of_their_outputs():
@@ -271,11 +278,12 @@ def test_levels_speak_by_how_they_score_on_participants_held_back_whatever_the_s
     (runs, labels), (others, _) = cohort(24, 0, 0.3), cohort(6, 1, 0.3)
     both = readout(components={"group": [1], "label": [1]})
     both.fit(runs, labels, BINARY, seed=3)
-    outputs, spreads, skills = [], [], []
+    deviations, means, spreads, skills = [], [], [], []
     for level in ("group", "label"):
         alone = readout(components={level: [1]})
         alone.fit(runs, labels, BINARY, seed=3)
-        outputs.append(scores(alone, others))
+        means.append(scores(alone, runs).mean())
+        deviations.append(scores(alone, others) - means[-1])
         rows = StandardScaler().fit_transform(alone.vectors(torch.cat(runs), [len(run) for run in runs]))
         folds = StratifiedKFold(5, shuffle=True, random_state=3)
         choices = {"C": 10.0 ** np.arange(-4, 3)}
@@ -283,11 +291,53 @@ def test_levels_speak_by_how_they_score_on_participants_held_back_whatever_the_s
         chosen = search.fit(rows, labels).best_estimator_
         skills.append(search.best_score_ - 0.5)
         spreads.append(cross_val_predict(chosen, rows, labels, cv=folds, method="decision_function").std())
-    standardised = [output / spread for output, spread in zip(outputs, spreads, strict=True)]
+    standardised = [deviation / spread for deviation, spread in zip(deviations, spreads, strict=True)]
     assert spreads[0] != pytest.approx(spreads[1], rel=0.1)
     assert skills[0] != pytest.approx(skills[1], rel=0.1)
     expected = np.average(standardised, axis=0, weights=skills) * np.average(spreads, weights=skills)
-    np.testing.assert_allclose(scores(both, others), expected, rtol=1e-2)
+    expected += np.average(means, weights=skills)
+    np.testing.assert_allclose(scores(both, others), expected, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", [BINARY, Multiclass("site", ("a", "b", "c")), Regression("age", mean=3.0, sd=2.0)])
+def test_the_mean_output_over_the_training_runs_lies_between_those_of_the_levels(task: Task):
+    """However unlike in number the classes are: what is scaled is deviations."""
+    runs, _ = cohort(36, 0, 0.3)
+    truth = {"binary": [0] * 26 + [1] * 10, "multiclass": [0] * 20 + [1] * 10 + [2] * 6, "regression": range(36)}
+    outputs = 3 if task.kind == "multiclass" else 1
+    means = []
+    for components in ({"group": [1]}, {"label": [1]}, {"group": [1], "label": [1]}):
+        network = readout(components=components, outputs=outputs)
+        network.fit(runs, [float(value) for value in truth[task.kind]], task)
+        means.append(network(torch.cat(runs), [len(run) for run in runs]).mean(0).numpy())
+    assert means[2].shape == (outputs,)
+    assert (means[2] >= np.minimum(means[0], means[1]) - 1e-3).all()
+    assert (means[2] <= np.maximum(means[0], means[1]) + 1e-3).all()
+
+
+def test_a_level_of_one_course_is_left_out():
+    runs, labels = cohort(24, 0)
+    alone = readout(components={"group": [1]})
+    alone.fit(runs, labels, BINARY)
+    both = readout(components={"group": [1], "label": [1]})
+    both.parcels["label"] = [[k] for k in range(1)]  # one course: no covariance at all
+    both.fit(runs, labels, BINARY)
+    assert not any(name.startswith("label") for name in both.fitted)
+    np.testing.assert_allclose(scores(both, runs), scores(alone, runs), rtol=1e-6)
+    only = readout(components={"label": [1]})
+    only.parcels["label"] = [[0]]
+    with pytest.raises(InputError, match="one component of one parcel"):
+        only.fit(runs, labels, BINARY)
+
+
+def test_distances_are_of_the_level_with_the_fewest_parcels():
+    runs, labels = cohort(24, 0)
+    network, groups = (readout(components=components) for components in ({"group": [1], "label": [1]}, {"group": [1]}))
+    for each in (network, groups):
+        each.fit(runs, labels, BINARY)
+    features, counts = torch.cat(runs[:3]), [len(run) for run in runs[:3]]
+    assert torch.equal(network.seen(features, counts), torch.from_numpy(groups.vectors(features, counts)))
+    assert network.vectors(features, counts).shape == (3, PARCELS * (PARCELS + 1) // 2 + LABELS * (LABELS + 1) // 2)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -16,7 +16,6 @@ from bundle.deploy.release import release
 from bundle.training.checkpoints import load_checkpoint
 
 READOUTS = ("attention", "covariance")
-FEW = {"network_def#components": {"group": [1]}}  # the tiny network has four channels
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,6 @@ def output(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(store: Path, folder: Path, name: str, *overlays: str, **changes: object) -> ConfigWorkflow:
     settings = {"dataset_dir": str(store), "output_dir": str(folder / name), "encoder_checkpoint": "random"}
-    settings |= FEW if name == "covariance" else {}
     return run("train", f"readouts/{name}", *overlays, **(settings | changes))
 
 
@@ -50,8 +48,7 @@ def test_a_readout_scores_whole_runs_and_is_served_as_it_was_tested(
     assert tested.index.tolist() == json.loads((store / "splits.json").read_text())["sets"]["test"]
     assert (tested["clips"] == 1).all()  # one run each
     assert tested["logit"].nunique() == len(tested)
-    changes = FEW if name == "covariance" else {}
-    served = infer(output / name / "models" / "model.pt", derivatives, tmp_path, f"readouts/{name}", **changes)
+    served = infer(output / name / "models" / "model.pt", derivatives, tmp_path, f"readouts/{name}")
     assert served[tested.index].to_numpy() == pytest.approx(tested["logit"].to_numpy(), rel=1e-4, abs=1e-5)
 
 
@@ -72,8 +69,8 @@ def test_a_finished_fit_is_not_repeated_and_other_settings_are_refused(output: P
     train(store, output, "covariance")
     assert path.stat().st_mtime_ns == before
     with pytest.raises(RuntimeError) as caught:
-        train(store, output, "covariance", **{"network_def#components": {"group": [2]}})
-    assert "was made with network_def#components#group [1], but here it is [2]" in sentence(caught.value)
+        train(store, output, "covariance", **{"network_def#components": {"group": [2], "label": [1]}})
+    assert "was made with network_def#components#group [1, 2], but here it is [2]" in sentence(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +79,8 @@ def test_a_finished_fit_is_not_repeated_and_other_settings_are_refused(output: P
         (
             "covariance",
             "readouts/covariance",
-            "fitted with components {'group': [1]}, but here it is {'group': [2]}",
-            {"network_def#components": {"group": [2]}},
+            "fitted with components {'group': [1, 2], 'label': [1]}, but here it is {'group': [2], 'label': [1]}",
+            {"network_def#components": {"group": [2], "label": [1]}},
         ),
         ("covariance", "readouts/attention", "do not fit a AttentionClassifier", {}),
     ],

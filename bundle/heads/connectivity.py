@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -71,7 +72,6 @@ class ConnectivityModel(BaseEstimator):
         centre_: (k,), the mean output over the rows that it was fitted to.
         best_score_: their score in the inner folds.
         skill_: what of it is beyond chance, of classes an area under a curve of 0.5.
-        spread_: SD of the outputs there, of the rows held back.
     """
 
     def __init__(
@@ -127,9 +127,13 @@ class ConnectivityModel(BaseEstimator):
         self.skill_ = self.best_score_ - 0.5 * classes
         self.centre_ = np.atleast_1d(best.intercept_)  # scaled rows have mean 0
         method = "decision_function" if classes else "predict"
-        outputs = cross_val_predict(best, projected, labels, cv=folds, method=method)
-        self.spread_ = float(np.sqrt(outputs.var(axis=0).mean()))
+        self._held_back = partial(cross_val_predict, best, projected, labels, cv=folds, method=method)
         return self
+
+    @property
+    def spread_(self) -> float:
+        """SD of the outputs in the inner folds, of the rows held back: fits anew in each, for whoever asks."""
+        return float(np.sqrt(self._held_back().var(axis=0).mean()))
 
     def decision_function(self, rows: Sequence[Any]) -> NDArray[np.float64]:
         """Outputs of each participant's courses (T, regions): (n, k); of two classes one, above 0 for the second.

@@ -153,7 +153,8 @@ class CovarianceReadout(FittedHead):
         names = participants or range(len(runs))
         label_of = dict(zip(names, labels, strict=True))
         truth = task.scaled(np.array(list(label_of.values()), float))
-        models = [self._fit_level(level, runs, names, truth, task, seed) for level in self.components]
+        levels = [self._fit_level(level, runs, names, truth, task, seed) for level in self.components]
+        models = [model for model, _ in levels]
         several = np.array([model.weights_.shape[1] > 1 for model in models])  # else one course, whose variance is 1
         if not several.any():
             raise InputError("one component of one parcel varies together with nothing; take more components or labels")
@@ -162,13 +163,12 @@ class CovarianceReadout(FittedHead):
         shares, spreads = skills / skills.sum(), np.array([model.spread_ for model in models])
         scales = shares * (shares @ spreads) / np.where(spreads > 0, spreads, 1)
         weights, bias = [], np.zeros(self.outputs)
-        for level, model, share, scale in zip(self.components, models, shares, scales, strict=True):
+        for level, (model, found), share, scale in zip(self.components, levels, shares, scales, strict=True):
             logger.info("Share of each %s in the covariance readout: %.2f", level, share)
-            if share == 0:
-                self.fitted = {name: value for name, value in self.fitted.items() if not name.startswith(f"{level}.")}
-                continue
-            weights.append(scale * model.weights_)
-            bias += scale * (model.bias_ - model.centre_) + share * model.centre_
+            if share > 0:
+                self.fitted |= {f"{level}.{name}": tensor for name, tensor in found.items()}
+                weights.append(scale * model.weights_)
+                bias += scale * (model.bias_ - model.centre_) + share * model.centre_
         self.fitted |= {"weights": torch.from_numpy(np.hstack(weights)), "bias": torch.from_numpy(bias)}
 
     def _fit_level(
@@ -179,8 +179,8 @@ class CovarianceReadout(FittedHead):
         truth: NDArray[np.float64],
         task: Task,
         seed: int,
-    ) -> ConnectivityModel:
-        """Fit components and tangent space of one level of parcels, and return its model."""
+    ) -> tuple[ConnectivityModel, dict[str, Tensor]]:
+        """The model of one level of parcels, and the level's tensors of `get_extra_state`."""
         numbers = self.components[level]
         parcel, basis, spread = self._principal(runs, self.parcels[level], numbers[-1])
         joined: dict[Hashable, list[Tensor]] = {}
@@ -197,15 +197,13 @@ class CovarianceReadout(FittedHead):
         number = max(models, key=lambda number: models[number].best_score_)  # of equals the first
         model = models[number]
         logger.info("Covariance of %d components of each %s, of %s, scores best in training", number, level, numbers)
-        found = {
+        return model, {
             "parcel": parcel,
             "basis": basis[..., -number:].contiguous(),
             "spread": spread[:, -number:].contiguous(),
             "mean": torch.as_tensor(model.connectivity_.mean_, dtype=torch.float64),
             "whitening": torch.as_tensor(model.connectivity_.whitening_, dtype=torch.float64),
         }
-        self.fitted |= {f"{level}.{name}": tensor for name, tensor in found.items()}
-        return model
 
     def _principal(
         self, runs: Sequence[Tensor], members: Sequence[Sequence[int]], most: int

@@ -18,16 +18,17 @@ FEWEST = 0.01
 
 
 class NearestNeighbours(FittedHead):
-    """Score whole runs by the training runs that are most like them.
+    """Score whole runs by the training participants that are most like them.
 
-    A run is the mean of the encoder's tokens over space, time and clips, standardised over the training runs. Its k
-    nearest training runs by cosine vote for their class, or for their value, with weights exp(cosine / 0.07) (Wu et al.
-    2018, arXiv 1805.01978; used as the probe of self-supervised features by Caron et al. 2021, arXiv 2104.14294).
+    A run is the mean of the encoder's tokens over space, time and clips; a training participant is the mean of their
+    runs. In units standardised over these, the k nearest training participants by cosine vote for their class, or for
+    their value, with weights exp(cosine / 0.07) (Wu et al. 2018, arXiv 1805.01978; used as the probe of self-supervised
+    features by Caron et al. 2021, arXiv 2104.14294).
 
     Args:
         freeze: must be True.
         outputs: numbers per run, see `bundle.tasks.task.Task`.
-        neighbours: k; fewer where there are fewer training runs.
+        neighbours: k; fewer where there are fewer training participants.
         **encoder: the arguments of `SwinMambaEncoder`.
 
     Raises:
@@ -54,13 +55,21 @@ class NearestNeighbours(FittedHead):
         seed: int = 0,
         participants: Sequence[Hashable] | None = None,
     ) -> None:
-        """Keep the training runs: features (C, c) of each run's clips; nothing is drawn, and every run has a vote."""
-        rows = torch.stack([run.mean(0) for run in runs]).double()
+        """Keep the training participants: features (C, c) of each run's clips; nothing is drawn.
+
+        Every participant has one vote, whatever the number of their runs.
+        """
+        names = participants or range(len(runs))
+        label_of = dict(zip(names, labels, strict=True))
+        own: dict[Hashable, list[Tensor]] = {}
+        for name, run in zip(names, runs, strict=True):
+            own.setdefault(name, []).append(run.double().mean(0))
+        rows = torch.stack([torch.stack(found).mean(0) for found in own.values()])
         spread = rows.std(0, correction=0)
-        given = torch.as_tensor(task.scaled(np.asarray(labels, float)))
+        given = torch.as_tensor(task.scaled(np.array(list(label_of.values()), float)))
         votes = functional.one_hot(given.long(), max(2, task.outputs)).double() if task.classes else given[:, None]
         self.fitted = {"mean": rows.mean(0), "spread": torch.where(spread > 0, spread, 1.0), "votes": votes}
-        self.fitted["runs"] = self._standardised(rows)
+        self.fitted["runs"] = self._standardised(rows)  # of a participant, their mean
 
     def forward(self, image: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Score whole runs.
@@ -93,5 +102,5 @@ class NearestNeighbours(FittedHead):
         return outputs.to(image.device, torch.float32)
 
     def _standardised(self, rows: Tensor) -> Tensor:
-        """Rows (n, c) in SD of the training runs, of length 1."""
+        """Rows (n, c) in SD of the training participants, of length 1."""
         return functional.normalize((rows - self.fitted["mean"]) / self.fitted["spread"], dim=-1)

@@ -80,3 +80,32 @@ def test_a_feature_without_spread_and_few_runs_are_no_obstacle():
     head = NearestNeighbours(**SIZE, neighbours=10)
     head.fit(runs, [0.0, 1.0], BINARY)
     assert head(torch.cat(runs), [2, 2])[:, 0].tolist() == pytest.approx([-np.log(99), np.log(99)], rel=1e-3)
+
+
+def test_a_participant_has_one_vote_whatever_the_number_of_their_runs():
+    """Ten identical runs of one participant beside two participants of the other class, who are a little farther."""
+    rng = np.random.default_rng(1)
+    centre, far = torch.from_numpy(rng.normal(size=(2, 1, 32)))
+    others = [centre + 0.01 * torch.from_numpy(rng.normal(size=(1, 32))) for _ in range(2)]
+    runs = [centre] * 10 + others + [far] * 3
+    labels = [1.0] * 10 + [0.0] * 5
+    names = ["a"] * 10 + ["b", "c", "d", "e", "f"]
+    head = NearestNeighbours(**SIZE, neighbours=3)
+    head.fit(runs, labels, BINARY, participants=names)
+    assert head(centre)[0, 0] < 0  # two of its three nearest participants are of class 0
+
+    once = NearestNeighbours(**SIZE, neighbours=3)
+    once.fit(runs[9:], labels[9:], BINARY, participants=names[9:])
+    assert head(centre).item() == pytest.approx(once(centre).item())
+    head.fit(runs, labels, BINARY)
+    assert head(centre)[0, 0] > 0
+
+
+def test_a_participant_is_the_mean_of_their_runs():
+    runs, labels = cohort(20, "regression")
+    task = TASKS["regression"]
+    head = NearestNeighbours(**SIZE, outputs=1)
+    head.fit(runs, np.repeat(labels[::2], 2).tolist(), task, participants=[n // 2 for n in range(20)])
+    joined = NearestNeighbours(**SIZE, outputs=1)
+    joined.fit([torch.cat(runs[n : n + 2]) for n in range(0, 20, 2)], labels[::2].tolist(), task)
+    assert torch.allclose(head(runs[3]), joined(runs[3]))

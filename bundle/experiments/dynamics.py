@@ -4,10 +4,11 @@ A plan (see configs/dynamics.json) names cohorts, encoders and readouts. Of each
 folds by site and diagnosis; everything is fitted to a fold's training subjects alone. Encoders are pretrained first, on
 a synthetic cohort of other subjects without any difference between groups.
 
-What is done is kept: one file per cohort and encoder, `cells/<cohort>/<encoder>.csv`, with each tested subject's logit
-for every readout. A cohort's images are made where a cell is missing, and deleted afterwards. Pretraining goes on from
-its last epoch. Each pretrained encoder's network rebuilds hidden regions of the pretraining cohort's test subjects,
-beside a ridge regression. Commands that share a folder of results wait for each other's cohorts and pretrainings.
+What is done is kept: one file per cohort, encoder and readout, `cells/<cohort>/<encoder>-<readout>-<hash>.csv`, with
+each tested subject's logit. A cohort's images are made where a cell is missing, and deleted afterwards. Pretraining
+goes on from its last epoch. Each pretrained encoder's network rebuilds hidden regions of the pretraining cohort's test
+subjects, beside a ridge regression. Commands that share a folder of results wait for each other's cohorts and
+pretrainings.
 """
 
 import hashlib
@@ -15,8 +16,10 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +61,13 @@ class Plan:
             `{"checkpoint": path}` was pretrained elsewhere. `"against"` names the one that it is compared with.
         readouts: name to `{"kind": "mean", "attention" or "covariance"}` and its head's arguments; a mean may have
             `"harmonise": "combat"`.
-        subjects: of each synthetic cohort.
-        effect: planted, Cohen's d.
-        duration_s: of each synthetic run.
         folds: in which every subject is tested once.
         sizes: numbers of training subjects, beside all of them.
         shift: regions whose voxels are moved in time by half a run in the test subjects, as a control of the cohorts
             `SHIFTED`; none if empty.
-        pretraining: of its cohort `subjects` and `seed`, and `overrides` of pretrain.json for all encoders.
+        synthetic: of each synthetic cohort `subjects`, the planted `effect` (Cohen's d), and `duration_s` of its runs.
+        pretraining: of its cohort `subjects`, `seed` and `duration_s`, and `overrides` of pretrain.json for all
+            encoders.
         painted: arguments of `paint`, without its folder and seed.
         atlas: of masks, connectivity, covariance readouts and shifted regions. Synthetic cohorts are made with AAL3.
     """
@@ -75,12 +77,10 @@ class Plan:
     seeds: Sequence[int]
     encoders: Mapping[str, Mapping[str, Any]]
     readouts: Mapping[str, Mapping[str, Any]]
-    subjects: int
-    effect: float
-    duration_s: float
     folds: int
     sizes: Sequence[int] = ()
     shift: Sequence[str] = ()
+    synthetic: Mapping[str, Any] | None = None
     pretraining: Mapping[str, Any] | None = None
     painted: Mapping[str, Any] | None = None
     atlas: str = AAL3
@@ -90,7 +90,7 @@ def read_plan(path: str | Path, **changes: Any) -> Plan:
     """Read a plan's JSON file; `changes` that are not None replace its entries.
 
     Raises:
-        InputError: it cannot be read, or names an unknown cohort.
+        InputError: it cannot be read, names an unknown cohort, or does not say of what one is made.
     """
     try:
         content = json.loads(Path(path).read_text()) | {name: value for name, value in changes.items() if value}
@@ -99,6 +99,13 @@ def read_plan(path: str | Path, **changes: Any) -> Plan:
         raise InputError(f"{path}: not a plan ({error}); see configs/dynamics.json for an example") from error
     if unknown := set(plan.cohorts) - {"nothing", PAINTED, *EFFECTS}:
         raise InputError(f"{path}: cohorts are nothing, {', '.join(EFFECTS)} or {PAINTED}, not {min(unknown)!r}")
+    for name, needed, keys in (
+        ("synthetic", set(plan.cohorts) - {PAINTED}, {"subjects", "effect", "duration_s"}),
+        ("pretraining", _pretrained(plan), {"subjects", "seed", "duration_s", "overrides"}),
+        (PAINTED, set(plan.cohorts) & {PAINTED}, {"series", "participants", "atlas"}),
+    ):
+        if needed and (lacking := keys - set(getattr(plan, name) or {})):
+            raise InputError(f"{path}: {min(needed)!r} needs {', '.join(sorted(lacking))} in the plan's {name!r}")
     for name, readout in plan.readouts.items():
         if "harmonise" in readout and dict(readout) != {"kind": "mean", "harmonise": COMBAT}:
             raise InputError(f"{path}: readout {name!r}: harmonise is {COMBAT!r}, and belongs to the kind mean alone")
@@ -120,7 +127,7 @@ def run_plan(plan: Plan, workers: int = 1) -> pd.DataFrame:
     cohorts = [(cohort, seed) for seed in plan.seeds for cohort in plan.cohorts]
     with parallel_map(workers, None) as each:
         each(partial(_run_cohort, plan), cohorts, "cohorts")
-    paths = [_cell(plan, *cohort, name) for cohort in cohorts for name in _cells(plan)]
+    paths = [path for cohort in cohorts for path in _cells(plan, *cohort).values()]
     tables = [pd.read_csv(path, dtype={"participant_id": str}) for path in paths]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
@@ -145,13 +152,11 @@ def _pretrain(plan: Plan, workers: int) -> None:
     """Pretrain the encoders that are to be, each from where it was left, and rebuild hidden regions with each."""
     folder = Path(plan.results).absolute() / "pretraining"
     wanted = _pretrained(plan)
-    if not wanted:
+    if not wanted or plan.pretraining is None:
         return
-    if plan.pretraining is None:
-        raise InputError(f"the plan's encoder {min(wanted)!r} is to be pretrained, but it does not say on what")
-    subjects, seed = plan.pretraining["subjects"], plan.pretraining["seed"]
+    cohort = {key: value for key, value in plan.pretraining.items() if key != "overrides"}
     with locked(Path(f"{folder}.lock"), patience_s=math.inf):
-        store = prepared_cohort(folder, subjects, "nothing", 0.0, seed, plan.duration_s)
+        store = prepared_cohort(folder, planted="nothing", effect=0.0, **cohort)
         if not (folder / "splits.json").is_file():
             save_splits(make_splits(read_manifest(store)["runs"]), folder / "splits.json")
         with parallel_map(workers, None) as each:
@@ -196,23 +201,27 @@ def _checkpoint(plan: Plan, encoder: str) -> Path:
     return Path(settings["checkpoint"]) if "checkpoint" in settings else made
 
 
-def _cells(plan: Plan) -> dict[str, Mapping[str, Any]]:
-    return {NO_ENCODER: {}} | dict(plan.encoders)
+def _rivals(cohort: str) -> list[str]:
+    return [*CONNECTIVITY, *([] if cohort == PAINTED else [CEILING])]
 
 
-def _cell(plan: Plan, cohort: str, seed: int, encoder: str) -> Path:
-    """The file of a cell, whose name holds a hash of all that shapes it."""
-    settings = {key: value for key, value in _cells(plan)[encoder].items() if key != "against"}
-    if encoder != NO_ENCODER and "size" not in settings:
-        settings = {"checkpoint": file_sha256(_checkpoint(plan, encoder))}
-    shaping = [settings, plan.subjects, plan.effect, plan.duration_s, plan.folds, list(plan.sizes), list(plan.shift)]
-    shaping += [
-        plan.painted if cohort == PAINTED else None,
-        [*CONNECTIVITY, CEILING] if encoder == NO_ENCODER else dict(plan.readouts),
-    ]
-    shaping += [] if plan.atlas == AAL3 else [load_atlas(plan.atlas).sha256]
-    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(plan.results) / "cells" / f"{cohort}_seed-{seed}" / f"{slug(encoder)}-{digest}.csv"
+def _cells(plan: Plan, cohort: str, seed: int) -> dict[tuple[str, str], Path]:
+    """The file of each encoder and readout, whose name holds a hash of all that shapes it."""
+    tests: list[Any] = [plan.folds, list(plan.sizes), plan.painted if cohort == PAINTED else plan.synthetic]
+    tests += [] if plan.atlas == AAL3 else [load_atlas(plan.atlas).sha256]
+    shaping: dict[tuple[str, str], list] = {(NO_ENCODER, rival): [rival] for rival in _rivals(cohort)}
+    for encoder, given in plan.encoders.items():
+        settings = {key: value for key, value in given.items() if key != "against"}
+        if "size" not in given:
+            settings = {"checkpoint": file_sha256(_checkpoint(plan, encoder))}
+        shift = list(plan.shift) if cohort in SHIFTED else []
+        shaping |= {(encoder, name): [settings, readout, shift] for name, readout in plan.readouts.items()}
+    paths = {}
+    for names, own in shaping.items():
+        digest = hashlib.sha256(json.dumps([*own, *tests], sort_keys=True).encode()).hexdigest()[:8]
+        file = f"{slug(names[0])}-{slug(names[1])}-{digest}.csv"
+        paths[names] = Path(plan.results) / "cells" / f"{cohort}_seed-{seed}" / file
+    return paths
 
 
 def _run_cohort(plan: Plan, which: tuple[str, int]) -> None:
@@ -223,33 +232,34 @@ def _run_cohort(plan: Plan, which: tuple[str, int]) -> None:
                 _run_missing(plan, *which, folder, missing)
 
 
-def _missing(plan: Plan, cohort: str, seed: int) -> list[str]:
-    return [name for name in _cells(plan) if not _cell(plan, cohort, seed, name).is_file()]
+def _missing(plan: Plan, cohort: str, seed: int) -> dict[tuple[str, str], Path]:
+    return {names: path for names, path in _cells(plan, cohort, seed).items() if not path.is_file()}
 
 
-def _run_missing(plan: Plan, cohort: str, seed: int, folder: Path, missing: list[str]) -> None:
+def _run_missing(plan: Plan, cohort: str, seed: int, folder: Path, missing: Mapping[tuple[str, str], Path]) -> None:
     torch.set_num_threads(1)
     store = _store(plan, folder, cohort, seed)
     design = Design(plan.readouts, plan.folds, plan.sizes, plan.shift if cohort in SHIFTED else (), seed, plan.atlas)
-    for name in missing:
-        if name == NO_ENCODER:
-            made = connectivity_rows(design, store, cohort != PAINTED)
+    for encoder, names in groupby(missing, itemgetter(0)):
+        wanted = [readout for _, readout in names]
+        if encoder == NO_ENCODER:
+            made = connectivity_rows(design, store, wanted)
         else:
-            settings = plan.encoders[name]
-            given = settings if "size" in settings else {"checkpoint": _checkpoint(plan, name)}
-            made = encoder_rows(design, store, given)
-        rows = pd.DataFrame(made).assign(cohort=cohort, seed=seed, encoder=name)
-        write_text(_cell(plan, cohort, seed, name), rows.to_csv(index=False))
+            settings = plan.encoders[encoder]
+            given = settings if "size" in settings else {"checkpoint": _checkpoint(plan, encoder)}
+            chosen = replace(design, readouts={name: plan.readouts[name] for name in wanted})
+            made = encoder_rows(chosen, store, given)
+        for readout, rows in zip(wanted, made, strict=True):  # each is kept as soon as it is there
+            table = pd.DataFrame(rows).assign(cohort=cohort, seed=seed, encoder=encoder)
+            write_text(missing[encoder, readout], table.to_csv(index=False))
     shutil.rmtree(folder)
 
 
 def _store(plan: Plan, folder: Path, cohort: str, seed: int) -> Path:
     """Make a cohort's images in a folder, prepare them, and return the store."""
     if cohort != PAINTED:
-        return prepared_cohort(folder, plan.subjects, cohort, plan.effect, seed, plan.duration_s)
-    if plan.painted is None:
-        raise InputError("the plan has no `painted`: the arguments of `python -m scripts paint`")
-    return painted_cohort(folder, seed=seed, **plan.painted)
+        return prepared_cohort(folder, planted=cohort, seed=seed, **(plan.synthetic or {}))
+    return painted_cohort(folder, seed=seed, **(plan.painted or {}))
 
 
 def write_tables(plan: Plan, rows: pd.DataFrame, resamples: int = 2000) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -269,8 +279,9 @@ def write_tables(plan: Plan, rows: pd.DataFrame, resamples: int = 2000) -> tuple
                 first = {"cohort": cohort, "encoder": encoder, "readout": readout}
                 if "against" in settings:
                     pairs.append((first, first | {"encoder": settings["against"]}))
-                rivals = [*CONNECTIVITY, *([] if cohort == PAINTED else [CEILING])]
-                pairs += [(first, {"cohort": cohort, "encoder": NO_ENCODER, "readout": rival}) for rival in rivals]
+                pairs += [
+                    (first, {"cohort": cohort, "encoder": NO_ENCODER, "readout": rival}) for rival in _rivals(cohort)
+                ]
     tables = summarise(rows, resamples), differences(rows, pairs, resamples)
     for name, table in zip(("dynamics", "dynamics_differences"), tables, strict=True):
         write_text(Path(plan.results) / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))

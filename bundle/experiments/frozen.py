@@ -134,8 +134,8 @@ def records_of(folder: Path) -> list[dict]:
     return runs
 
 
-def connectivity_rows(design: Design, folder: Path, synthetic: bool = True) -> Iterator[dict[str, Any]]:
-    """Plain connectivity, see `CONNECTIVITY`; of a synthetic cohort also `CEILING`."""
+def connectivity_rows(design: Design, folder: Path, rivals: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    """Rows of each of some rivals: of `CONNECTIVITY`, and of a synthetic cohort also `CEILING`."""
     runs = records_of(folder)
     atlas = load_atlas(design.atlas)
     tables = participant_series(folder, runs, folder.parent / "series", atlas)
@@ -151,7 +151,7 @@ def connectivity_rows(design: Design, folder: Path, synthetic: bool = True) -> I
         own = groups.ravel()[voxels]
         of_groups.append(_means(frames, own, len(parcels)))
         of_patches.append(_means(frames, patches.ravel()[voxels], len(group_of_patch)))
-        if synthetic:
+        if CEILING in rivals:
             mm = nib.affines.apply_affine(grid.AFFINE, np.stack(np.unravel_index(voxels, grid.SHAPE), axis=-1))
             pattern = label_pattern(mm, planted[voxels], np.ones(len(voxels)))
             of_patterns.append(_means(frames * pattern, own, len(parcels)))
@@ -177,16 +177,17 @@ def connectivity_rows(design: Design, folder: Path, synthetic: bool = True) -> I
         return tangent([courses(row) for row in rows], truth, [courses(row) for row in test])
 
     tangent = partial(fitted, kinds=["tangent"], discard_diagonal=False)
-    rivals: list[tuple[list, Readout]] = [
+    ways: list[tuple[list, Readout]] = [
         (of_labels, partial(fitted, kinds=KINDS)),
         (of_groups, tangent),
         (of_labels, partial(reduced, members)),
         (of_patches, partial(reduced, patches_of)),
+        (of_patterns, tangent),
     ]
-    named = dict(zip(CONNECTIVITY, rivals, strict=True)) | ({CEILING: (of_patterns, tangent)} if synthetic else {})
-    for name, (series, readout) in named.items():
-        for row in _tested(design, runs, {False: series}, readout):
-            yield row | {"readout": name}
+    named = dict(zip([*CONNECTIVITY, CEILING], ways, strict=True))
+    for name in rivals:
+        series, readout = named[name]
+        yield [row | {"readout": name} for row in _tested(design, runs, {False: series}, readout)]
 
 
 def _patches(groups: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -219,8 +220,8 @@ def _means(frames: NDArray, numbers: NDArray[np.int64], count: int) -> NDArray[n
     return signal.clean((weights @ frames.T).T[:, 1:], detrend=True, standardize="zscore_sample")
 
 
-def encoder_rows(design: Design, folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Each readout of one encoder; `settings` as for `load_frozen`."""
+def encoder_rows(design: Design, folder: Path, settings: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Rows of each of the design's readouts of one encoder; `settings` as for `load_frozen`."""
     runs = records_of(folder)
     encoder, normalisation = load_frozen(settings, design.seed)
     heads = {
@@ -258,8 +259,7 @@ def encoder_rows(design: Design, folder: Path, settings: Mapping[str, Any]) -> I
                 shifted: [(run["site"], own) for run, own in zip(runs, found, strict=True)]
                 for shifted, found in rows.items()
             }
-        for row in _tested(how, runs, rows, readout):
-            yield row | {"readout": name}
+        yield [row | {"readout": name} for row in _tested(how, runs, rows, readout)]
 
 
 def load_frozen(settings: Mapping[str, Any], seed: int) -> tuple[SwinMambaEncoder, Normalisation]:

@@ -7,7 +7,9 @@ Not covered: how large the scores are (docs/dynamics.md), pretraining itself (te
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import nibabel as nib
@@ -24,7 +26,15 @@ from bundle.data.normalisation import Normalisation
 from bundle.errors import InputError
 from bundle.experiments import dynamics, frozen
 from bundle.experiments.auroc import WHAT, differences, summarise
-from bundle.experiments.frozen import Design, connectivity_rows, encoder_rows, load_frozen, records_of
+from bundle.experiments.frozen import (
+    CEILING,
+    CONNECTIVITY,
+    Design,
+    connectivity_rows,
+    encoder_rows,
+    load_frozen,
+    records_of,
+)
 from bundle.experiments.patterns import label_pattern
 from bundle.experiments.signals import group_latents, label_signals, latents_of
 from bundle.experiments.synthetic import SITES, plan_cohort
@@ -35,6 +45,7 @@ from bundle.training.provenance import Provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = {"embed_dim": 4, "depths": [1, 1], "frames": 16}
+RIVALS = [*CONNECTIVITY, CEILING]
 VOXEL = {"mode": "voxel", "sd_floor": 0.1, "clip": 5.0}
 READOUTS = {
     "mean": {"kind": "mean"},
@@ -42,6 +53,11 @@ READOUTS = {
     "attention": {"kind": "attention"},
     "covariance": {"kind": "covariance", "stage": 1, "components": {"group": [1]}, "subtract": None},
 }
+
+
+def joined(made: Iterable[list[dict]]) -> pd.DataFrame:
+    """The rows of all readouts."""
+    return pd.DataFrame(chain.from_iterable(made))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +69,7 @@ def store(tmp_path_factory) -> Path:
 def tested(store) -> pd.DataFrame:
     """All readouts of a random encoder."""
     design = Design(READOUTS, folds=3, sizes=[8], shift=["limbic"], seed=0)
-    rows = pd.DataFrame(encoder_rows(design, store, {"size": SIZE, "normalisation": VOXEL}))
+    rows = joined(encoder_rows(design, store, {"size": SIZE, "normalisation": VOXEL}))
     return rows.assign(encoder="random", cohort="coupling", seed=0)
 
 
@@ -103,7 +119,7 @@ def test_a_harmonised_mean_is_that_of_combat_fitted_to_the_folds_training_subjec
 def test_a_large_coupling_is_seen_by_connectivity_of_labels_groups_and_components(tmp_path):
     folder = planted_store(tmp_path, subjects=30, effect=6.0, frames=200, every=8)
     design = Design({}, folds=3, sizes=[], shift=[], seed=0)
-    rows = pd.DataFrame(connectivity_rows(design, folder)).assign(encoder="none", cohort="coupling", seed=0)
+    rows = joined(connectivity_rows(design, folder, RIVALS)).assign(encoder="none", cohort="coupling", seed=0)
     table = summarise(rows, resamples=50).set_index(["readout", "shuffled"])["auroc"]
     for readout, least in (("labels", 0.9), ("groups", 0.9), ("components", 0.75)):
         readout = f"connectivity of {readout}"
@@ -124,7 +140,7 @@ def test_a_pattern_inside_labels_is_seen_by_its_own_connectivity_and_by_patches_
         return course + rng.standard_normal(course.shape)
 
     folder = write_store(tmp_path, plan_cohort(30, 6.0, 0, SITES, "pattern"), bold, voxels)
-    rows = pd.DataFrame(connectivity_rows(Design({}, folds=3, sizes=[], shift=[], seed=0), folder))
+    rows = joined(connectivity_rows(Design({}, folds=3, sizes=[], shift=[], seed=0), folder, RIVALS))
     table = summarise(rows.assign(encoder="none", cohort="pattern", seed=0), resamples=50)
     found = table[~table["shuffled"]].set_index("readout")["auroc"]
     assert found["connectivity of planted patterns"] > 0.9
@@ -252,9 +268,7 @@ def plan_file(folder: Path, **changes: object) -> Path:
         "seeds": [0, 1],
         "encoders": {"random": {"size": SIZE, "normalisation": VOXEL}},
         "readouts": {"covariance": READOUTS["covariance"]},
-        "subjects": 24,
-        "effect": 6.0,
-        "duration_s": 60.0,
+        "synthetic": {"subjects": 24, "effect": 6.0, "duration_s": 60.0},
         "folds": 3,
     }
     (folder / "plan.json").write_text(json.dumps(plan | changes))
@@ -262,47 +276,97 @@ def plan_file(folder: Path, **changes: object) -> Path:
 
 
 @pytest.fixture
-def small_cohorts(monkeypatch) -> list[int]:
+def made() -> list[list[str]]:
+    """Readouts that were made together, call by call."""
+    return []
+
+
+@pytest.fixture
+def small_cohorts(monkeypatch, made) -> list[int]:
     """Cohorts of stores made without images; returns the seeds that were asked for."""
     asked = []
 
     def make(plan, folder: Path, cohort: str, seed: int) -> Path:
         asked.append(seed)
-        return planted_store(folder, plan.subjects, plan.effect, seed, frames=48, per_label=5)
+        return planted_store(folder, plan.synthetic["subjects"], plan.synthetic["effect"], seed, frames=48, per_label=5)
 
-    def rows(design: Design, folder: Path, *_: object) -> list[dict]:
-        ways = {"size": 0, "shuffled": False, "shifted": False, "fold": 0}
-        return [
-            ways
-            | {"participant_id": run["participant_id"], "label": run["diagnosis"], "logit": 0.0, "readout": readout}
-            for readout in design.readouts
-            for run in records_of(folder)
-        ]
+    def rows(readouts: Iterable[str], folder: Path) -> Iterator[list[dict]]:
+        ways = {"size": 0, "shuffled": False, "shifted": False, "fold": 0, "logit": 0.0}
+        who = [{"participant_id": run["participant_id"], "label": run["diagnosis"]} for run in records_of(folder)]
+        return ([ways | person | {"readout": readout} for person in who] for readout in readouts)
 
-    monkeypatch.setattr(dynamics, "encoder_rows", rows)
-    monkeypatch.setattr(dynamics, "connectivity_rows", rows)
+    def of_encoder(design: Design, folder: Path, settings: dict) -> Iterator[list[dict]]:
+        made.append(list(design.readouts))
+        return rows(design.readouts, folder)
+
+    def of_rivals(design: Design, folder: Path, rivals: list[str]) -> Iterator[list[dict]]:
+        made.append(rivals)
+        return rows(rivals, folder)
+
+    monkeypatch.setattr(dynamics, "encoder_rows", of_encoder)
+    monkeypatch.setattr(dynamics, "connectivity_rows", of_rivals)
     monkeypatch.setattr(dynamics, "_store", make)
     return asked
 
 
-def test_a_plan_is_run_once_and_goes_on_where_cells_are_missing(tmp_path, small_cohorts):
+def test_a_plan_is_run_once_and_goes_on_where_cells_are_missing(tmp_path, small_cohorts, made):
     plan = dynamics.read_plan(plan_file(tmp_path))
     rows = dynamics.run_plan(plan)
     assert small_cohorts == [0, 1]
     assert not list((tmp_path / "results" / "cohorts").glob("*/"))  # images and stores are gone
-    assert set(rows["encoder"]) == {"none", "random"}
+    assert set(zip(rows["encoder"], rows["readout"], strict=True)) == {
+        ("random", "covariance"),
+        *(("none", rival) for rival in RIVALS),
+    }
     assert set(rows["seed"]) == {0, 1}
-    cells = sorted((tmp_path / "results" / "cells").glob("*/*.csv"))
-    assert len(cells) == 4
-    next(path for path in cells if "seed-1" in str(path)).unlink()
+    assert made == [RIVALS, ["covariance"]] * 2
+    next((tmp_path / "results" / "cells").glob("coupling_seed-1/none-connectivity_of_groups-*.csv")).unlink()
+    made.clear()
     pd.testing.assert_frame_equal(dynamics.run_plan(plan), rows)
     assert small_cohorts == [0, 1, 1]
+    assert made == [["connectivity of groups"]]
     shutil.rmtree(tmp_path / "results" / "cohorts")
     pd.testing.assert_frame_equal(dynamics.run_plan(plan), rows)
     assert not (tmp_path / "results" / "cohorts").exists()  # what is finished is not locked, and nothing is written
-    changed = dynamics.read_plan(plan_file(tmp_path, readouts={"mean": {"kind": "mean"}}))
-    assert set(dynamics.run_plan(changed)["readout"]) == {"mean", "covariance"}  # those of no encoder stay
-    assert small_cohorts == [0, 1, 1, 0, 1]
+
+
+def test_a_new_readout_or_other_tests_of_it_leave_what_is_there(tmp_path, small_cohorts, made):
+    mean, shifted = {"kind": "mean"}, {"shift": ["limbic"]}
+    covariance = READOUTS["covariance"]
+    dynamics.run_plan(dynamics.read_plan(plan_file(tmp_path, seeds=[0])))
+    for changes, expected in (
+        ({"readouts": {"covariance": covariance, "mean": mean}}, [["mean"]]),
+        ({"readouts": {"covariance": covariance | {"stage": 0}}}, [["covariance"]]),
+        (shifted, [["covariance"]]),  # connectivity is not shifted
+        (shifted | {"cohorts": ["pattern"]}, [RIVALS, ["covariance"]]),
+        ({"cohorts": ["pattern"]}, []),  # nor is this cohort
+        ({"folds": 2}, [RIVALS, ["covariance"]]),
+        ({"synthetic": {"subjects": 30, "effect": 6.0, "duration_s": 60.0}}, [RIVALS, ["covariance"]]),
+        ({"encoders": {"other": {"size": SIZE, "normalisation": VOXEL | {"mode": "run"}}}}, [["covariance"]]),
+    ):
+        made.clear()
+        rows = dynamics.run_plan(dynamics.read_plan(plan_file(tmp_path, **{"seeds": [0]} | changes)))
+        assert made == expected, changes
+        assert len(rows[rows["encoder"] == "none"].groupby("readout")) == len(RIVALS)
+
+
+def test_what_an_encoder_ended_before_it_was_interrupted_is_kept(tmp_path, small_cohorts, made, monkeypatch):
+    plan = dynamics.read_plan(plan_file(tmp_path, seeds=[0], readouts=READOUTS))
+    of_encoder = dynamics.encoder_rows
+
+    def interrupted(*given: object) -> Iterator[list[dict]]:
+        for rows in of_encoder(*given):
+            if rows[0]["readout"] == "attention":
+                raise KeyboardInterrupt
+            yield rows
+
+    monkeypatch.setattr(dynamics, "encoder_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dynamics.run_plan(plan)
+    monkeypatch.setattr(dynamics, "encoder_rows", of_encoder)
+    made.clear()
+    assert set(dynamics.run_plan(plan)["readout"]) == {*READOUTS, *RIVALS}
+    assert made == [["attention", "covariance"]]
 
 
 def test_two_commands_with_one_folder_of_results_make_each_cohort_once(tmp_path, small_cohorts):
@@ -325,12 +389,12 @@ def test_covariance_and_shifts_are_of_the_design_s_atlas_and_the_mean_is_of_none
     """AAL116 has limbic regions and groups of other voxels than AAL3."""
     readouts = {name: READOUTS[name] for name in ("mean", "covariance")}
     design = Design(readouts, folds=3, sizes=[], shift=["limbic"], seed=0, atlas="AAL116")
-    rows = encoder_rows(design, store, {"size": SIZE, "normalisation": VOXEL})
+    rows = joined(encoder_rows(design, store, {"size": SIZE, "normalisation": VOXEL}))
     key = ["readout", "shuffled", "shifted", "fold", "participant_id"]
     ours = tested[tested["size"] == 0].set_index(key)["logit"]
     same = {
         (name, shifted): np.array_equal(part["logit"], ours.loc[part.set_index(key).index])
-        for (name, shifted), part in pd.DataFrame(rows).query("not shuffled").groupby(["readout", "shifted"])
+        for (name, shifted), part in rows.query("not shuffled").groupby(["readout", "shifted"])
     }
     assert {what for what, equal in same.items() if equal} == {("mean", False)}
 
@@ -354,6 +418,10 @@ def test_the_other_plans_take_the_encoders_that_the_first_pretrains(monkeypatch,
     [
         ({"cohorts": ["age"]}, "cohorts are nothing, .* or painted, not 'age'"),
         ({"subject": 3}, "not a plan"),
+        ({"synthetic": None}, "'coupling' needs duration_s, effect, subjects in the plan's 'synthetic'"),
+        ({"synthetic": {"subjects": 24, "effect": 1.0}}, "'coupling' needs duration_s in"),
+        ({"cohorts": ["painted"]}, "'painted' needs atlas, participants, series in the plan's 'painted'"),
+        ({"encoders": {"a": {"mask": "region"}}}, "'a' needs duration_s, overrides, seed, subjects in the plan's 'pre"),
         ({"readouts": {"a": {"kind": "attention", "harmonise": "combat"}}}, "'a': harmonise is 'combat', and belongs"),
         ({"readouts": {"a": {"kind": "mean", "harmonise": "other"}}}, "'a': harmonise is 'combat', and belongs"),
     ],
@@ -361,12 +429,6 @@ def test_the_other_plans_take_the_encoders_that_the_first_pretrains(monkeypatch,
 def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         dynamics.read_plan(plan_file(tmp_path, **changes))
-
-
-def test_an_encoder_to_be_pretrained_needs_a_cohort_for_it(tmp_path, small_cohorts):
-    plan = dynamics.read_plan(plan_file(tmp_path, encoders={"a": {"mask": "region"}}))
-    with pytest.raises(InputError, match="'a' is to be pretrained"):
-        dynamics.run_plan(plan)
 
 
 def test_pretraining_is_asked_for_with_the_plans_settings(tmp_path, small_cohorts, monkeypatch):
@@ -394,7 +456,7 @@ def test_pretraining_is_asked_for_with_the_plans_settings(tmp_path, small_cohort
     monkeypatch.setattr(dynamics, "prepared_cohort", cohort)
     changes = {"mask_ratio": 0.5, "normalisation#mode": "run"}
     encoders = {"my encoder": {"mask": "random_tube", "overrides": changes}}
-    pretraining = {"subjects": 60, "seed": 7, "overrides": {"max_epochs": 2}}
+    pretraining = {"subjects": 60, "seed": 7, "duration_s": 60.0, "overrides": {"max_epochs": 2}}
     path = plan_file(tmp_path, seeds=[0], encoders=encoders, pretraining=pretraining)
     rows = dynamics.run_plan(dynamics.read_plan(path))
     assert set(rows["encoder"]) == {"none", "my encoder"}

@@ -99,23 +99,26 @@ def _tested(
     """
     target = target_of(runs)
     labels = np.array([int(target.labels[run["participant_id"]]) for run in runs])
-    strata = [f"{run['site']} {label}" for run, label in zip(runs, labels, strict=True)]
+    sites = [str(run["site"]) for run in runs]
     rng = np.random.default_rng(design.seed)
-    shuffled = shuffled_within([str(run["site"]) for run in runs], labels, rng)
-    folds = StratifiedKFold(design.folds, shuffle=True, random_state=design.seed)
-    for fold, (train, test) in enumerate(folds.split(labels, strata)):
-        jobs = [(labels, _some(train, labels, size, rng), size, False) for size in design.sizes if size < len(train)]
-        jobs += [(labels, train, 0, False), (shuffled, train, 0, True)]
-        for truth, chosen, size, shuffle in jobs:
-            shifts = list(rows) if size == 0 and not shuffle else [False]
-            tested = [(shift, i) for shift in shifts for i in test]
-            given = [rows[False][i] for i in chosen]
-            logits = readout(given, truth[chosen], [rows[shift][i] for shift, i in tested])
-            for (shift, i), logit in zip(tested, logits, strict=True):
-                yield {
-                    "size": size, "shuffled": shuffle, "shifted": shift, "fold": fold,
-                    "participant_id": runs[i]["participant_id"], "label": truth[i], "logit": float(logit),
-                }  # fmt: skip
+    shuffled = shuffled_within(sites, labels, rng)
+    for truth, control in ((labels, False), (shuffled, True)):
+        # by the labels that are learnt: by others, a site's training and test subjects would differ in balance the
+        # opposite way, and what tells sites apart would score below one half
+        strata = [f"{site} {label}" for site, label in zip(sites, truth, strict=True)]
+        folds = StratifiedKFold(design.folds, shuffle=True, random_state=design.seed)
+        for fold, (train, test) in enumerate(folds.split(truth, strata)):
+            sizes = [size for size in design.sizes if size < len(train) and not control]
+            for size, chosen in [*((size, _some(train, truth, size, rng)) for size in sizes), (0, train)]:
+                shifts = list(rows) if size == 0 and not control else [False]
+                tested = [(shift, i) for shift in shifts for i in test]
+                given = [rows[False][i] for i in chosen]
+                logits = readout(given, truth[chosen], [rows[shift][i] for shift, i in tested])
+                for (shift, i), logit in zip(tested, logits, strict=True):
+                    yield {
+                        "size": size, "shuffled": control, "shifted": shift, "fold": fold,
+                        "participant_id": runs[i]["participant_id"], "label": truth[i], "logit": float(logit),
+                    }  # fmt: skip
 
 
 def _some(train: NDArray, labels: NDArray, size: int, rng: np.random.Generator) -> NDArray:

@@ -192,8 +192,13 @@ def test_a_readout_is_given_training_subjects_with_their_labels_and_never_those_
 
     design = Design({}, folds=3, sizes=[8], shift=["limbic"], seed=0)
     rows = {False: names, True: [f"{name} shifted" for name in names]}
-    list(frozen._tested(design, runs, rows, readout))
+    found = pd.DataFrame(frozen._tested(design, runs, rows, readout))
     assert sizes == {(8, 6, False): 3, (12, 12, False): 3, (12, 6, True): 3}
+    plain = found[(found["size"] == 0) & ~found["shifted"]]
+    site = plain["participant_id"].map({run["participant_id"]: run["site"] for run in runs})
+    shares = plain.groupby(["shuffled", site, "label", "fold"]).size().unstack("fold", fill_value=0)
+    assert len(shares) == 2 * len(set(site)) * 2
+    assert (shares.max(axis=1) - shares.min(axis=1) <= 1).all()  # of either labels, in every fold
 
 
 def made_up(cohort: str, seeds: int, subjects: int, shift: float, seed: int = 0) -> pd.DataFrame:

@@ -22,6 +22,9 @@ from bundle.networks.scan import rows_per_tile
 from bundle.networks.windows import Windows, fit_window
 
 ORIENTATIONS = ("RAS", "LAS")
+QUIET = 0.1
+"""Of two channels the first is anatomy, which would drown the second's courses: pretraining would go on predicting a
+flat line (docs/dynamics.md)."""
 
 
 class WindowBlock(nn.Module):
@@ -210,8 +213,9 @@ class SwinMambaEncoder(nn.Module):
     Args:
         image_size: voxels along x, y and z; each a multiple of patch_size * 2 ** (stages - 1).
         frames: the longest clip.
-        in_channels: 1, or 2: the second channel is embedded by weights of its own, which begin at zero, so that
-            weights of a network of one channel give the same result in one of two.
+        in_channels: 1, or 2: the second channel is embedded by weights of its own. With zeros there (see
+            `bundle.training.checkpoints.load_encoder`) weights of a network of one channel give the same result. The
+            first channel's weights begin at `QUIET` of what they are alone.
         patch_size: edge of a patch in voxels.
         embed_dim: channels of the first stage; doubled by every later one.
         depths: blocks per stage.
@@ -279,7 +283,8 @@ class SwinMambaEncoder(nn.Module):
         self.patch_embedding = nn.Linear(patch_size**3, embed_dim)
         if in_channels == 2:
             self.second_embedding = nn.Linear(patch_size**3, embed_dim, bias=False)
-            nn.init.zeros_(self.second_embedding.weight)
+            with torch.no_grad():
+                self.patch_embedding.weight.mul_(QUIET)
         self.stages = nn.ModuleList()
         for i, depth in enumerate(depths):
             grid = [size // 2**i for size in self.grid]

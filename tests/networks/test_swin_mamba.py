@@ -110,6 +110,21 @@ def test_patches_hold_the_voxels_of_their_cube_in_raster_order():
     assert torch.equal(join_patches(patches, 6), voxels)
 
 
+def test_of_two_channels_the_first_begins_at_a_tenth_and_the_second_as_it_would_alone():
+    torch.manual_seed(0)
+    one = SwinMambaEncoder(**SMALL)
+    torch.manual_seed(0)
+    two = SwinMambaEncoder(**SMALL, in_channels=2)
+    first, second = torch.randn(2, 1, 1, 24, 24, 24, 6)
+    nothing = torch.zeros_like(first)
+    bias = one.embed(nothing)
+    assert torch.allclose(two.embed(nothing.repeat(1, 2, 1, 1, 1, 1)), bias)
+    alone = one.embed(first) - bias
+    assert torch.allclose(two.embed(torch.cat([first, nothing], 1)) - bias, 0.1 * alone, atol=1e-6)
+    spread = (two.embed(torch.cat([nothing, second], 1)) - bias).std()
+    assert spread.item() == pytest.approx(alone.std().item(), rel=0.2)
+
+
 def test_full_size_parameter_counts():
     network = MaskedAutoencoder()
     assert sum(parameter.numel() for parameter in network.parameters()) == 7_712_964

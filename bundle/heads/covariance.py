@@ -17,7 +17,7 @@ from torch import Tensor
 from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.errors import InputError
 from bundle.heads.connectivity import ConnectivityModel
-from bundle.heads.fitted import FittedHead
+from bundle.heads.fitted import FittedHead, by_participant
 from bundle.heads.pooling import label_members, pool, token_shares
 from bundle.tasks.task import Task
 
@@ -150,10 +150,8 @@ class CovarianceReadout(FittedHead):
         """
         total = sum(run.double().sum(0) for run in runs)
         self.fitted = {"training_mean": torch.as_tensor(total).cpu() / sum(map(len, runs))}
-        names = participants or range(len(runs))
-        label_of = dict(zip(names, labels, strict=True))
-        truth = task.scaled(np.array(list(label_of.values()), float))
-        levels = [self._fit_level(level, runs, names, truth, task, seed) for level in self.components]
+        truth = task.scaled(np.array([own[-1] for own in by_participant(labels, participants)], float))
+        levels = [self._fit_level(level, runs, participants, truth, task, seed) for level in self.components]
         models = [model for model, _ in levels]
         several = np.array([model.weights_.shape[1] > 1 for model in models])  # else one course, whose variance is 1
         if not several.any():
@@ -175,7 +173,7 @@ class CovarianceReadout(FittedHead):
         self,
         level: str,
         runs: Sequence[Tensor],
-        names: Sequence[Hashable],
+        participants: Sequence[Hashable] | None,
         truth: NDArray[np.float64],
         task: Task,
         seed: int,
@@ -183,14 +181,12 @@ class CovarianceReadout(FittedHead):
         """The model of one level of parcels, and the level's tensors of `get_extra_state`."""
         numbers = self.components[level]
         parcel, basis, spread = self._principal(runs, self.parcels[level], numbers[-1])
-        joined: dict[Hashable, list[Tensor]] = {}
-        for name, run in zip(names, runs, strict=True):
-            joined.setdefault(name, []).append(_components_of(self._centred(run), parcel, basis))
+        joined = by_participant((_components_of(self._centred(run), parcel, basis) for run in runs), participants)
         models = {}
         for number in numbers:
             rows = [
                 np.concatenate([_courses(part[..., -number:], spread[:, -number:]) for part in parts])
-                for parts in joined.values()
+                for parts in joined
             ]
             model = ConnectivityModel(*task.linear(seed), seed, kinds=["tangent"], discard_diagonal=False)
             models[number] = model.fit(rows, truth)

@@ -1,7 +1,8 @@
 """What heads share that are fitted at once, to the features of a frozen encoder, instead of trained in steps."""
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import count
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -10,6 +11,14 @@ from bundle.errors import InputError
 from bundle.heads.pooling import mean_features
 from bundle.networks.swin_mamba import SwinMambaEncoder
 from bundle.tasks.task import Task
+
+
+def by_participant(values: Iterable[Any], participants: Sequence[Hashable] | None) -> list[list[Any]]:
+    """What belongs to each participant, of one value per run; None: each run is of another one."""
+    found: dict[Hashable, list[Any]] = {}
+    for name, value in zip(participants or count(), values, strict=participants is not None):
+        found.setdefault(name, []).append(value)
+    return list(found.values())
 
 
 class FittedHead(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bundle.errors import InputError
-from bundle.heads.fitted import FittedHead
+from bundle.heads.fitted import FittedHead, by_participant
 from bundle.tasks.task import Task
 
 TEMPERATURE = 0.07
@@ -59,14 +59,10 @@ class NearestNeighbours(FittedHead):
 
         Every participant has one vote, whatever the number of their runs.
         """
-        names = participants or range(len(runs))
-        label_of = dict(zip(names, labels, strict=True))
-        own: dict[Hashable, list[Tensor]] = {}
-        for name, run in zip(names, runs, strict=True):
-            own.setdefault(name, []).append(run.double().mean(0))
-        rows = torch.stack([torch.stack(found).mean(0) for found in own.values()])
+        means = by_participant((run.double().mean(0) for run in runs), participants)
+        rows = torch.stack([torch.stack(own).mean(0) for own in means])
         spread = rows.std(0, correction=0)
-        given = torch.as_tensor(task.scaled(np.array(list(label_of.values()), float)))
+        given = torch.as_tensor(task.scaled(np.array([own[-1] for own in by_participant(labels, participants)], float)))
         votes = functional.one_hot(given.long(), max(2, task.outputs)).double() if task.classes else given[:, None]
         self.fitted = {"mean": rows.mean(0), "spread": torch.where(spread > 0, spread, 1.0), "votes": votes}
         self.fitted["runs"] = self._standardised(rows)  # of a participant, their mean

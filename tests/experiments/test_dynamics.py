@@ -30,12 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZE = {"embed_dim": 4, "depths": [1, 1], "frames": 16}
 RIVALS = [*CONNECTIVITY, CEILING]
 VOXEL = {"mode": "voxel", "sd_floor": 0.1, "clip": 5.0}
-READOUTS = {
-    "mean": {"kind": "mean"},
-    "harmonised": {"kind": "mean", "harmonise": "combat"},
-    "attention": {"kind": "attention"},
-    "covariance": {"kind": "covariance", "stage": 1, "components": {"group": [1]}, "subtract": None},
-}
+READOUTS = {kind: {"kind": kind} for kind in ("mean", "attention", "covariance")}
 
 
 def plan_file(folder: Path, **changes: object) -> Path:

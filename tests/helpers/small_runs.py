@@ -86,3 +86,17 @@ def run_of(path: Path, run_id: str = "sub-01", **changes: Any) -> dict[str, Any]
         "participant": {"age": 10.5},
     }
     return run | changes
+
+
+def save_three_and_a_truncated_one(folder: Path) -> Path:
+    """Save a, b and c.nii.gz, and cut.nii.gz, which ends too early; returns the folder."""
+    for seed, name in enumerate(("a", "b", "c", "cut")):
+        save_bold(folder / f"{name}.nii.gz", coarse_signal(24, seed), tr=1.0)
+    cut = folder / "cut.nii.gz"
+    cut.write_bytes(cut.read_bytes()[:100_000])
+    return folder
+
+
+def status_of(summary: dict) -> dict[str, str]:
+    """Of each run in a summary of `prepare`."""
+    return {row["run_id"]: row["status"] for row in summary["rows"]}

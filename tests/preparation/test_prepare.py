@@ -1,15 +1,10 @@
 """Preparing a dataset: what is written, what is skipped or redone, what fails and stays alone in failing.
 
-Pitfalls 1, 2, 6. Not covered here: single files (test_bold.py) and transforms (test_transforms.py).
+Pitfalls 1, 2, 6. Not covered here: single files (test_bold.py), transforms (test_transforms.py), many processes
+(test_prepare_processes.py).
 """
 
 import json
-import signal
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from resource import RLIMIT_FSIZE, getrlimit, setrlimit
@@ -19,10 +14,17 @@ import pandas as pd
 import pytest
 from monai.transforms import MapTransform
 from nilearn.image import load_img, resample_img
-from small_runs import coarse_brain, coarse_signal, run_of, save_bold, save_mask
+from small_runs import (
+    coarse_brain,
+    coarse_signal,
+    run_of,
+    save_bold,
+    save_mask,
+    save_three_and_a_truncated_one,
+    status_of,
+)
 
 from bundle import files as bundle_files
-from bundle import workers
 from bundle.anatomy import grid
 from bundle.errors import InputError
 from bundle.files import WriteError, file_sha256
@@ -33,22 +35,13 @@ from bundle.preparation.prepare import prepare
 from bundle.preparation.sources import find_runs
 
 
-def status_of(summary):
-    return {row["run_id"]: row["status"] for row in summary["rows"]}
-
-
 def reason_of(summary, run_id):
     return next(row["reason"] for row in summary["rows"] if row["run_id"] == run_id)
 
 
 @pytest.fixture
 def files(tmp_path):
-    """Three good runs and a truncated one."""
-    for seed, name in enumerate(("a", "b", "c", "cut")):
-        save_bold(tmp_path / f"{name}.nii.gz", coarse_signal(24, seed), tr=1.0)
-    cut = tmp_path / "cut.nii.gz"
-    cut.write_bytes(cut.read_bytes()[:100_000])
-    return tmp_path
+    return save_three_and_a_truncated_one(tmp_path)
 
 
 def test_good_runs_are_stored_and_a_bad_one_is_named(files):
@@ -302,77 +295,6 @@ def test_a_full_disk_stops_the_job_and_leaves_nothing_half_written(files):
         setrlimit(RLIMIT_FSIZE, limits)
     assert list((files / "store/runs").iterdir()) == []
     assert prepare(runs, files / "store")["prepared"] == 2
-
-
-KILLED = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from small_runs import run_of
-from bundle.preparation.prepare import prepare
-folder = Path(sys.argv[2])
-prepare([run_of(folder / f"{name}.nii.gz", f"sub-{name}") for name in ("a", "b", "c")], folder / "store")
-"""
-
-
-def test_killed_in_the_middle_the_store_is_valid_and_running_again_goes_on(files):
-    here = str(Path(__file__).resolve().parents[1] / "helpers")
-    process = subprocess.Popen([sys.executable, "-c", KILLED, here, str(files)], stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (files / "store/runs/sub-a").exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    store.read_manifest(files / "store")
-    assert all(store.is_intact(files / "store", record) for record in store.read_records(files / "store").values())
-    runs = [run_of(files / f"{name}.nii.gz", f"sub-{name}") for name in ("a", "b", "c")]
-    summary = prepare(runs, files / "store")
-    assert status_of(summary)["sub-a"] == "current"
-    assert summary["failed"] == 0
-    assert sorted(path.name for path in (files / "store/runs").iterdir()) == ["sub-a", "sub-b", "sub-c"]
-
-
-def contents(folder):
-    """Every file of a store, as bytes by path; less what it remembers of files' times."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".seen-")]
-    return {path.relative_to(folder): path.read_bytes() for path in files}
-
-
-def test_many_processes_give_what_one_gives_to_the_byte(files):
-    runs = [run_of(files / f"{name}.nii.gz", f"sub-{name}") for name in ("a", "cut", "b")]
-    one = prepare(runs, files / "one" / "store")
-    assert prepare(runs, files / "two" / "store", workers=2) == one
-    assert contents(files / "two") == contents(files / "one")
-
-
-def test_dask_gives_what_one_process_gives_to_the_byte(files):
-    distributed = pytest.importorskip("distributed", reason="Dask is not installed; pip install distributed")
-    runs = [run_of(files / f"{name}.nii.gz", f"sub-{name}") for name in ("a", "cut", "b")]
-    one = prepare(runs, files / "one" / "store")
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", dashboard_address=None
-    ) as cluster:
-        assert prepare(runs, files / "dask" / "store", scheduler=cluster.scheduler_address) == one
-    assert contents(files / "dask") == contents(files / "one")
-
-
-def test_a_scheduler_that_does_not_answer_is_said_plainly(files):
-    pytest.importorskip("distributed", reason="Dask is not installed; pip install distributed")
-    with pytest.raises(InputError, match=r"no Dask scheduler answers at nonsense://1"):
-        prepare([run_of(files / "a.nii.gz", "sub-a")], files / "store", scheduler="nonsense://1")
-
-
-class DyingPool(ThreadPoolExecutor):
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-
-    def map(self, *args):
-        raise BrokenProcessPool("a process was terminated abruptly")
-
-
-def test_a_killed_worker_is_said_plainly(files, monkeypatch):
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", DyingPool)
-    with pytest.raises(InputError, match="fewer workers"):
-        prepare([run_of(files / "a.nii.gz", "sub-a")], files / "store", workers=2)
 
 
 def test_parameters_decide_the_hash():

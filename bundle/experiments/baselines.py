@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from nilearn import signal
 from nilearn.maskers import NiftiLabelsMasker
 from sklearn.base import BaseEstimator
 from sklearn.compose import ColumnTransformer
@@ -70,12 +69,10 @@ def region_series(store: str | Path, run: dict, atlas: Atlas) -> pd.DataFrame:
         )
     kept = np.where(np.isin(labels, numbers), labels, 0).astype(np.int32)
     frames = read_values(store, run["run_id"], 0, run["frames"]).T  # (T, V) -> (V, T)
-    masker = NiftiLabelsMasker(
-        nib.Nifti1Image(kept[:, None, None], np.eye(4)), standardize=False, resampling_target=None
-    )
+    image = nib.Nifti1Image(kept[:, None, None], np.eye(4))
+    masker = NiftiLabelsMasker(image, detrend=True, standardize="zscore_sample", resampling_target=None)
     series = masker.fit_transform(nib.Nifti1Image(frames[:, None, None, :], np.eye(4)))
-    cleaned = signal.clean(series, detrend=True, standardize="zscore_sample")
-    return pd.DataFrame(cleaned, columns=[atlas.names[int(number)] for number in numbers])
+    return pd.DataFrame(series, columns=[atlas.names[int(number)] for number in numbers])
 
 
 def participant_series(store: str | Path, runs: Sequence[dict], cache: Path, atlas: Atlas) -> dict[str, pd.DataFrame]:

@@ -49,11 +49,16 @@ def embedded(picture: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def drawn(figure: Figure, dpi: int = 130) -> str:
-    """A figure as `embedded` PNG."""
+def png(figure: Figure, dpi: int = 130) -> bytes:
+    """A figure as PNG."""
     file = BytesIO()
     figure.savefig(file, dpi=dpi)
-    return embedded(file.getvalue())
+    return file.getvalue()
+
+
+def drawn(figure: Figure, dpi: int = 130) -> str:
+    """A figure as `embedded` PNG."""
+    return embedded(png(figure, dpi))
 
 
 def number(value: Any, digits: int = 3) -> str:

@@ -58,8 +58,8 @@ def dynamics(
 ) -> None:
     """Test what readouts of frozen encoders, and plain connectivity, see on cohorts whose truth is known.
 
-    Pretrains the encoders, tests them on every cohort, and writes dynamics.csv, dynamics_differences.csv and
-    dynamics_r2.csv; run again, it goes on.
+    Pretrains the encoders, tests them on every cohort, and writes dynamics.csv, dynamics_differences.csv,
+    dynamics_r2.csv and dynamics.png; run again, it goes on.
 
     Args:
         config: JSON file of the plan.

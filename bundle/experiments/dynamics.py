@@ -31,13 +31,15 @@ from bundle.data.splits import make_splits, save_splits
 from bundle.errors import InputError
 from bundle.evaluation.reconstruction import regions_rebuilt
 from bundle.experiments.auroc import PAINTED, differences, summarise
+from bundle.experiments.auroc_picture import what_sees_what
 from bundle.experiments.frozen import CEILING, CONNECTIVITY, Design, connectivity_rows, encoder_rows
 from bundle.experiments.synthetic import EFFECTS
 from bundle.experiments.trial import Strategy
 from bundle.experiments.truth import painted_cohort, prepared_cohort
-from bundle.files import file_sha256, slug, write_text
+from bundle.files import file_sha256, slug, write_bytes, write_text
 from bundle.heads.combat import COMBAT
 from bundle.locks import locked
+from bundle.pages import png
 from bundle.preparation.store import read_manifest
 from bundle.process import run_config
 from bundle.workers import parallel_map
@@ -265,7 +267,7 @@ def _store(plan: Plan, folder: Path, cohort: str, seed: int) -> Path:
 def write_tables(plan: Plan, rows: pd.DataFrame, resamples: int = 2000) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write `dynamics.csv` and `dynamics_differences.csv` to the plan's results, and return both.
 
-    Writes `dynamics_r2.csv`, see `rebuilt`, beside them.
+    Writes `dynamics_r2.csv`, see `rebuilt`, and the picture `dynamics.png`, see `what_sees_what`, beside them.
 
     Each encoder and readout is compared with the encoder that its plan names, and with every kind of connectivity.
     """
@@ -285,4 +287,5 @@ def write_tables(plan: Plan, rows: pd.DataFrame, resamples: int = 2000) -> tuple
     tables = summarise(rows, resamples), differences(rows, pairs, resamples)
     for name, table in zip(("dynamics", "dynamics_differences"), tables, strict=True):
         write_text(Path(plan.results) / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
+    write_bytes(Path(plan.results) / "dynamics.png", png(what_sees_what(tables[0], NO_ENCODER)))
     return tables

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 from small_stores import planted_store
 
 from bundle.errors import InputError
@@ -100,6 +101,26 @@ def test_a_plan_is_run_once_and_goes_on_where_cells_are_missing(tmp_path, small_
     shutil.rmtree(tmp_path / "results" / "cohorts")
     pd.testing.assert_frame_equal(dynamics.run_plan(plan), rows)
     assert not (tmp_path / "results" / "cohorts").exists()  # what is finished is not locked, and nothing is written
+
+
+def test_tables_and_picture_are_of_all_that_was_tested(tmp_path, small_cohorts):
+    encoders = {"random": {"size": SIZE, "normalisation": VOXEL}}
+    encoders["other"] = {"size": SIZE, "normalisation": VOXEL | {"clip": 4.0}, "against": "random"}
+    plan = dynamics.read_plan(plan_file(tmp_path, encoders=encoders))
+    scores, compared = dynamics.write_tables(plan, dynamics.run_plan(plan), resamples=20)
+    own = [("random", "covariance"), ("other", "covariance")]
+    assert sorted(zip(scores["encoder"], scores["readout"], strict=True)) == sorted(
+        [*own, *(("none", rival) for rival in RIVALS)]
+    )
+    assert scores["seeds"].tolist() == [2] * len(scores)
+    against = {f"none: {rival}" for rival in RIVALS}
+    assert set(compared.loc[compared["first"] == "random: covariance", "second"]) == against
+    assert set(compared.loc[compared["first"] == "other: covariance", "second"]) == against | {"random: covariance"}
+    results = tmp_path / "results"
+    assert pd.read_csv(results / "dynamics.csv")["auroc"].tolist() == [0.5] * len(scores)  # all logits are 0
+    assert len(pd.read_csv(results / "dynamics_differences.csv")) == len(compared)
+    with Image.open(results / "dynamics.png") as picture:
+        picture.verify()
 
 
 def test_a_new_readout_or_other_tests_of_it_leave_what_is_there(tmp_path, small_cohorts, made):

@@ -32,7 +32,7 @@ from bundle.experiments.baselines import participant_series
 from bundle.experiments.patterns import label_pattern
 from bundle.heads.attention import AttentionClassifier
 from bundle.heads.combat import Combat, kept_of, parted
-from bundle.heads.connectivity import KINDS, ConnectivityModel, inner_folds
+from bundle.heads.connectivity import KINDS, ConnectivityModel, inner_folds, shares_of
 from bundle.heads.covariance import CovarianceReadout
 from bundle.heads.pooling import pool
 from bundle.networks.precision import best_device
@@ -45,10 +45,12 @@ CONNECTIVITY = (
     "connectivity of groups",
     "connectivity of components",
     "connectivity of patches",
+    "connectivity of labels and patches",
 )
 """Readouts without an encoder: of all labels, as the baseline of a sweep; of the groups' means; of `COMPONENTS`
 principal components of each group's labels, or of the means of its patches of `PATCH` voxels each way, as the
-covariance readout has them of an encoder's channels. Only the last sees what is inside a label."""
+covariance readout has them of an encoder's channels; and the mean of the first and the last, as that readout's default
+is the mean of two levels. Only patches see what is inside a label."""
 PATCH = 6  # of the encoder, see `SwinMambaEncoder`
 CEILING = "connectivity of planted patterns"
 """Of the courses that a synthetic cohort's patterns inside labels really have in the images, one per group: what an
@@ -163,28 +165,46 @@ def connectivity_rows(design: Design, folder: Path, rivals: Sequence[str]) -> It
     members = [columns[columns >= 0] for columns in members if max(columns) >= 0]
     patches_of = [np.flatnonzero(group_of_patch == group) for group in np.unique(group_of_patch)]
 
-    def fitted(rows: list, truth: NDArray, test: list, **options: Any) -> NDArray:
-        model = ConnectivityModel(*TASK.linear(design.seed), design.seed, **options).fit(rows, truth)
-        return model.decision_function(test)[:, 0]
+    def model(rows: list, truth: NDArray, **options: Any) -> ConnectivityModel:
+        return ConnectivityModel(*TASK.linear(design.seed), design.seed, **options).fit(rows, truth)
 
-    def reduced(members: list[NDArray], rows: list, truth: NDArray, test: list) -> NDArray:
+    def fitted(rows: list, truth: NDArray, test: list, **options: Any) -> NDArray:
+        return model(rows, truth, **options).decision_function(test)[:, 0]
+
+    def components(members: list[NDArray], rows: list) -> Callable[[NDArray], NDArray]:
         joined = np.concatenate(rows)
         axes = [
             PCA(min(COMPONENTS, len(columns)), svd_solver="covariance_eigh").fit(joined[:, columns])
             for columns in members
         ]
+        return lambda row: np.hstack(
+            [axis.transform(row[:, columns]) for axis, columns in zip(axes, members, strict=True)]
+        )
 
-        def courses(row: NDArray) -> NDArray:
-            return np.hstack([axis.transform(row[:, columns]) for axis, columns in zip(axes, members, strict=True)])
-
+    def reduced(members: list[NDArray], rows: list, truth: NDArray, test: list) -> NDArray:
+        courses = components(members, rows)
         return tangent([courses(row) for row in rows], truth, [courses(row) for row in test])
 
-    tangent = partial(fitted, kinds=["tangent"], discard_diagonal=False)
+    def mean(rows: list, truth: NDArray, test: list) -> NDArray:
+        courses = components(patches_of, [patches for _, patches in rows])
+        given, asked = (
+            ([labels for labels, _ in part], [courses(patches) for _, patches in part]) for part in (rows, test)
+        )
+        models = [model(own, truth, **options) for own, options in zip(given, (of_kinds, in_tangent), strict=True)]
+        return sum(
+            scale * (one.decision_function(own)[:, 0] - one.centre_) + share * one.centre_
+            for one, own, share, scale in zip(models, asked, *shares_of(models, [True, True]), strict=True)
+        )
+
+    of_kinds: dict[str, Any] = {"kinds": KINDS}
+    in_tangent: dict[str, Any] = {"kinds": ["tangent"], "discard_diagonal": False}
+    tangent: Readout = partial(fitted, **in_tangent)
     ways: list[tuple[list, Readout]] = [
-        (of_labels, partial(fitted, kinds=KINDS)),
+        (of_labels, partial(fitted, **of_kinds)),
         (of_groups, tangent),
         (of_labels, partial(reduced, members)),
         (of_patches, partial(reduced, patches_of)),
+        (list(zip(of_labels, of_patches, strict=True)), mean),
         (of_patterns, tangent),
     ]
     named = dict(zip([*CONNECTIVITY, CEILING], ways, strict=True))

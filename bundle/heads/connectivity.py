@@ -44,6 +44,26 @@ def least_class(labels: NDArray) -> int:
     return int(counts.min())
 
 
+def shares_of(
+    models: Sequence["ConnectivityModel"], usable: Sequence[bool] | NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What each of some fitted models counts in the mean of them, by its skill.
+
+    Args:
+        models: of the same labels.
+        usable: which may be in the mean; one at least.
+
+    Returns:
+        Shares (m,), whose sum is 1; where no usable model has any skill, they are equal. And scales (m,) of the
+        outputs' deviations from their `centre_`, with which a share of all that is said is a model's own: the mean is
+        the sum of `scale * (output - centre_) + share * centre_`.
+    """
+    skills = np.maximum([model.skill_ for model in models], 0) * usable
+    skills = skills if skills.any() else np.array(usable, float)
+    shares, spreads = skills / skills.sum(), np.array([model.spread_ for model in models])
+    return shares, shares * (shares @ spreads) / np.where(spreads > 0, spreads, 1)
+
+
 class ConnectivityModel(BaseEstimator):
     """Connectivity, scaling and a linear model with an L2 penalty; kind and penalty are tuned in inner folds.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.errors import InputError
-from bundle.heads.connectivity import ConnectivityModel
+from bundle.heads.connectivity import ConnectivityModel, shares_of
 from bundle.heads.fitted import FittedHead, by_participant
 from bundle.heads.pooling import label_members, pool, token_shares
 from bundle.tasks.task import Task
@@ -156,10 +156,7 @@ class CovarianceReadout(FittedHead):
         several = np.array([model.weights_.shape[1] > 1 for model in models])  # else one course, whose variance is 1
         if not several.any():
             raise InputError("one component of one parcel varies together with nothing; take more components or labels")
-        skills = np.maximum([model.skill_ for model in models], 0) * several
-        skills = skills if skills.any() else several.astype(float)
-        shares, spreads = skills / skills.sum(), np.array([model.spread_ for model in models])
-        scales = shares * (shares @ spreads) / np.where(spreads > 0, spreads, 1)
+        shares, scales = shares_of(models, several)
         weights, bias = [], np.zeros(self.outputs)
         for level, (model, found), share, scale in zip(self.components, levels, shares, scales, strict=True):
             logger.info("Share of each %s in the covariance readout: %.2f", level, share)

@@ -109,12 +109,12 @@ def test_a_harmonised_mean_is_that_of_combat_fitted_to_the_folds_training_subjec
     assert logits(changed)[0] == pytest.approx(logits(tokens)[0])  # other test subjects do not matter
 
 
-def test_a_large_coupling_is_seen_by_connectivity_of_labels_groups_and_components(tmp_path):
+def test_a_large_coupling_is_seen_by_connectivity_of_all_but_patches_alone(tmp_path):
     folder = planted_store(tmp_path, subjects=30, effect=6.0, frames=200, every=8)
     design = Design({}, folds=3, sizes=[], shift=[], seed=0)
     rows = joined(connectivity_rows(design, folder, RIVALS)).assign(encoder="none", cohort="coupling", seed=0)
     table = summarise(rows, resamples=50).set_index(["readout", "shuffled"])["auroc"]
-    for readout, least in (("labels", 0.9), ("groups", 0.9), ("components", 0.75)):
+    for readout, least in (("labels", 0.9), ("groups", 0.9), ("components", 0.75), ("labels and patches", 0.9)):
         readout = f"connectivity of {readout}"
         assert table[readout, False] > least
         assert table[readout, True] < 0.8
@@ -138,6 +138,7 @@ def test_a_pattern_inside_labels_is_seen_by_its_own_connectivity_and_by_patches_
     found = table[~table["shuffled"]].set_index("readout")["auroc"]
     assert found["connectivity of planted patterns"] > 0.9
     assert found["connectivity of patches"] > 0.85
+    assert found["connectivity of labels and patches"] > 0.85
     assert found["connectivity of labels"] < 0.75
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from bundle.errors import InputError
 from bundle.experiments import downstream as tasks_by_heads
+from bundle.experiments.auroc import without_controls
 from bundle.experiments.dynamics import read_plan, rebuilt, run_plan, write_tables
 from bundle.experiments.one_run import one_run as rebuild_one_run
 from bundle.experiments.one_run import pretraining_overrides
@@ -73,7 +74,7 @@ def dynamics(
     print(rebuilt(plan).to_string(index=False, float_format="%.3f"))
     if table.empty:
         return
-    plain = table[(table["size"] == 0) & ~table["shuffled"] & ~table["shifted"]]
+    plain = without_controls(table)
     print("\nAUROC over subjects of SYNTHETIC cohorts, or of real time courses painted into MNI volumes")
     print(plain.drop(columns=["size", "shuffled", "shifted"]).to_string(index=False, float_format="%.3f"))
     print("\nDifferences on the same subjects")

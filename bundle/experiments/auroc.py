@@ -42,6 +42,11 @@ def summarise(rows: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.Da
     return pd.DataFrame(found).rename(columns={"value": "auroc"})
 
 
+def without_controls(table: pd.DataFrame) -> pd.DataFrame:
+    """What of a table with the columns `WHAT` is of all training subjects, true labels and unmoved regions."""
+    return table[(table["size"] == 0) & ~table["shuffled"] & ~table["shifted"]]
+
+
 def differences(
     rows: pd.DataFrame,
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bundle.experiments.auroc import PAINTED
+from bundle.experiments.auroc import PAINTED, without_controls
 
 GREY = "#777777"
 
@@ -16,7 +16,7 @@ def what_sees_what(table: pd.DataFrame, no_encoder: str) -> Figure:
         table: as `bundle.experiments.auroc.summarise` returns it.
         no_encoder: what the column `encoder` says of readouts without one; these are grey, and on top.
     """
-    plain = table[(table["size"] == 0) & ~table["shuffled"] & ~table["shifted"]]
+    plain = without_controls(table)
     rows = plain[["readout", "encoder"]].drop_duplicates()
     own = rows["encoder"] != no_encoder
     encoders = list(dict.fromkeys(rows.loc[own, "encoder"]))

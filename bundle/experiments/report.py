@@ -17,8 +17,8 @@ from bundle.anatomy.atlas import load_atlas
 from bundle.evaluation import attribution, reconstruction
 from bundle.evaluation.maps import draw
 from bundle.experiments.statistics import REFERENCE, Outcomes, compare, finished_trials, read_outcomes
-from bundle.files import slug, write_text
-from bundle.pages import embedded, measure_name, render
+from bundle.files import slug, write_bytes, write_text
+from bundle.pages import embedded, measure_name, png, render
 from bundle.tasks.scores import measure
 from bundle.tasks.task import Task
 
@@ -290,5 +290,5 @@ def _versions(trials: Trials) -> dict[str, str]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
+    write_bytes(path, png(figure, 110))
     plt.close(figure)

@@ -10,6 +10,7 @@ from nilearn import plotting
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import Atlas, Regions, labels_on, region_labels
 from bundle.anatomy.parcels import dense
+from bundle.files import written_whole
 from bundle.preparation.store import read_moments, read_voxels
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
@@ -46,5 +47,6 @@ def mask_overlay(store: str | Path, run_id: str, png: str | Path, regions: Regio
         colorbar=False,
     )
     display.title(f"{regions} on the mean of {run_id}", size=9)
-    display.savefig(str(png), dpi=100)
+    with written_whole(Path(png)) as unfinished:
+        display.savefig(str(unfinished), dpi=100)
     display.close()

@@ -5,21 +5,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from monai.engines import Evaluator, SupervisedEvaluator
 from numpy.typing import NDArray
 
 from bundle.evaluation.intervals import bootstrap_interval, clopper_pearson_lower
-from bundle.files import write_json, write_text
+from bundle.files import write_bytes, write_json, write_text
+from bundle.pages import png
 from bundle.preparation.store import read_manifest
 from bundle.tasks.scores import SubjectScores, measure, once_tested
 from bundle.tasks.task import Results, Task
 from bundle.training.checkpoints import state_of, weights_sha256
-
-mpl.use("Agg")  # pictures go to files, also on machines without a display
 
 logger = logging.getLogger(__name__)
 
@@ -177,10 +175,9 @@ def write_test_scores(
     }
     summary |= {} if weights is None else {"weights_sha256": weights}
     write_json(output_dir / "scores.json", summary)
-    figure, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
-    task.draw(axes, tested)
-    figure.savefig(output_dir / "scores.png", dpi=110)
-    plt.close(figure)
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    task.draw(figure.add_subplot(), tested)
+    write_bytes(output_dir / "scores.png", png(figure, 110))
     log_scores(table, len(subjects))
     return table
 

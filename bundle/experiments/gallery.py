@@ -17,7 +17,7 @@ from bundle.data.transforms import ReadClipd, ScatterClipd, TimeLastd
 from bundle.errors import InputError
 from bundle.evaluation.figures import mean_bold
 from bundle.experiments.sweep import is_synthetic
-from bundle.files import ROOT, config_file
+from bundle.files import ROOT, config_file, written_whole
 from bundle.masking.transforms import AAL3ROIMaskd
 from bundle.networks.masked_autoencoder import MaskedAutoencoder
 from bundle.preparation.store import read_manifest
@@ -205,4 +205,5 @@ def _finish(figure: Figure, png: str | Path) -> None:
         for spine in panel.spines.values():
             spine.set_visible(False)
     figure.text(0.995, 0.01, "SYNTHETIC data", color="#9aa4ae", fontsize=9, ha="right")
-    figure.savefig(str(png), dpi=100)
+    with written_whole(Path(png)) as unfinished:
+        figure.savefig(unfinished, dpi=100)

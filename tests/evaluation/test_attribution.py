@@ -1,5 +1,8 @@
 """Attribution and reconstruction per region, against closed forms: a network that uses two regions and nothing else."""
 
+import errno
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -14,6 +17,7 @@ from bundle.evaluation.attribution import ablation, cohort_mean, gradients, summ
 from bundle.evaluation.maps import draw
 from bundle.evaluation.reconstruction import label_sums
 from bundle.evaluation.reconstruction import summarise as summarise_reconstruction
+from bundle.files import WriteError
 
 ATLAS = load_atlas()
 GROUPS = parcels_of(ATLAS, "group")
@@ -199,3 +203,27 @@ def test_map_and_pictures_lie_in_mni_space(tmp_path):
     group = pd.DataFrame({"level": "group", "name": list(GROUPS), "value": 1.0, "low": 0.5, "high": 1.5})
     draw(pd.concat([table, group]), ATLAS, tmp_path / "a" / "map", "logits")
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"map.nii.gz", "map_brain.png", "map_bars.png"}
+
+
+@pytest.mark.parametrize(("level", "name", "file"), [
+    ("label", "Hippocampus_L", "map.nii.gz"), ("label", "Hippocampus_L", "map_brain.png"),
+    ("group", "limbic", "map_bars.png"),
+])  # fmt: skip
+def test_a_full_disk_leaves_the_map_and_pictures_of_before(level, name, file, tmp_path, monkeypatch):
+    table = pd.DataFrame([{"level": level, "name": name, "value": 1.0, "low": 0.5, "high": 1.5}])
+    draw(table, ATLAS, tmp_path / "map", "logits")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    real = Path.replace
+
+    def full(self, target):
+        if Path(target).name == file:
+            assert self.stat().st_size > 1000  # all has been written, and not over the file of before
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(WriteError, match=rf"{file} cannot be written \(No space left on device\)"):
+        draw(table.assign(value=2.0), ATLAS, tmp_path / "map", "logits")
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.keys() == before.keys()
+    assert after[file] == before[file]

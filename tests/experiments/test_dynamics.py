@@ -192,6 +192,25 @@ def test_the_other_plans_take_the_encoders_that_the_first_pretrains(monkeypatch,
     assert other.readouts["covariance of groups"] == plan.readouts["covariance of groups"]
 
 
+def test_the_plan_of_windows_takes_the_encoder_that_the_objectives_pretrain(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    objectives, plan, first = (
+        dynamics.read_plan(f"configs/{name}.json") for name in ("objectives", "dynamics_windows", "dynamics")
+    )
+    name = "windows of much space"
+    assert dynamics._checkpoint(plan, name).absolute() == dynamics._checkpoint(objectives, name)
+    assert plan.pretraining is None
+    assert objectives.pretraining is not None
+    given = objectives.pretraining["overrides"] | objectives.encoders[name]["overrides"]
+    random = plan.encoders[plan.encoders[name]["against"]]
+    assert random["size"] == {key: given[of] for key, of in {
+        "embed_dim": "embed_dim", "depths": "depths", "frames": "frames", "window_size": "network_def#window_size",
+        "first_window_size": "network_def#first_window_size",
+    }.items()}  # fmt: skip
+    assert random["normalisation"]["mode"] == given["normalisation#mode"]
+    assert (plan.readouts, plan.synthetic, plan.folds) == (first.readouts, first.synthetic, first.folds)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

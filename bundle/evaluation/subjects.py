@@ -164,7 +164,6 @@ def write_test_scores(
     tested = once_tested(subjects, task, threshold)
     table = score_table(task, tested, subjects["site"].to_numpy(str), resamples, seed)
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "subjects.tsv", task.table(subjects, threshold).to_csv(sep="\t", index=False))
     summary = {
         "task": task.facts(),

@@ -50,7 +50,6 @@ def draw_all(store: str | Path, checkpoint: str | Path, folder: str | Path, run_
         tested = load_splits(Path(store) / "splits.json")["sets"]["test"]
         run_id = next(run["run_id"] for run in runs if run["participant_id"] in tested)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     draw_method(store, run_id, checkpoint, folder / "method.png")
     draw_regions(store, run_id, folder / "regions.png")
     draw_kinds(store, run_id, folder / "masks.png")

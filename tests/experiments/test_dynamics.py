@@ -211,6 +211,16 @@ def test_the_plan_of_windows_takes_the_encoder_that_the_objectives_pretrain(monk
     assert (plan.readouts, plan.synthetic, plan.folds) == (first.readouts, first.synthetic, first.folds)
 
 
+def test_the_plan_of_both_channels_differs_from_the_first_in_the_second_channel_alone():
+    plan, first = (dynamics.read_plan(ROOT / "configs" / f"{name}.json") for name in ("dynamics_both", "dynamics"))
+    run, both = plan.encoders["random, run"], plan.encoders["random, both"]
+    assert run == first.encoders["random, run"]
+    assert both["size"] == run["size"] | {"in_channels": 2}
+    assert both["normalisation"] == run["normalisation"] | {"mode": "both"}
+    assert plan.readouts == {name: first.readouts[name] for name in ("mean", "attention", "covariance")}
+    assert (plan.seeds, plan.synthetic, plan.folds) == (first.seeds, first.synthetic, first.folds)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -5,7 +5,7 @@ from pathlib import Path
 from bundle.errors import InputError
 from bundle.experiments import downstream as tasks_by_heads
 from bundle.experiments.auroc import without_controls
-from bundle.experiments.dynamics import read_plan, rebuilt, run_plan, write_tables
+from bundle.experiments.dynamics import read_plan, rebuilt, rebuilt_differences, run_plan, write_tables
 from bundle.experiments.one_run import one_run as rebuild_one_run
 from bundle.experiments.one_run import pretraining_overrides
 from bundle.experiments.report import write_report
@@ -60,7 +60,7 @@ def dynamics(
     """Test what readouts of frozen encoders, and plain connectivity, see on cohorts whose truth is known.
 
     Pretrains the encoders, tests them on every cohort, and writes dynamics.csv, dynamics_differences.csv,
-    dynamics_r2.csv and dynamics.png; run again, it goes on.
+    dynamics_r2.csv, dynamics_r2_differences.csv and dynamics.png; run again, it goes on.
 
     Args:
         config: JSON file of the plan.
@@ -72,6 +72,9 @@ def dynamics(
     table, compared = write_tables(plan, run_plan(plan, workers))
     print("Temporal R² of hidden regions of test subjects of a SYNTHETIC cohort")
     print(rebuilt(plan).to_string(index=False, float_format="%.3f"))
+    if len(better := rebuilt_differences(plan)):
+        print("\nDifferences of temporal R² on the same subjects")
+        print(better.to_string(index=False, float_format="%.3f"))
     if table.empty:
         return
     plain = without_controls(table)

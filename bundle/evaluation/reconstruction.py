@@ -6,7 +6,7 @@ mean goes with it.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from bundle.anatomy.atlas import AAL3, Atlas, load_atlas
 from bundle.anatomy.parcels import parcel_index, parcels_of
+from bundle.errors import InputError
 from bundle.evaluation.intervals import value_and_interval
 from bundle.evaluation.maps import draw
 from bundle.files import write_json, write_text
@@ -115,25 +116,52 @@ def summarise(subjects: pd.DataFrame, atlas: Atlas, resamples: int, seed: int) -
     Returns:
         Rows of `level` (label, group, all), `name`, `measure` (mse, temporal_r2), `value`, `low`, `high`.
     """
-    names = list(parcels_of(atlas, "label"))
-    wide = subjects.pivot_table(index="participant_id", columns="name", values=list(SUMS), aggfunc="sum")
-    sums = np.stack([wide[name].reindex(columns=names).fillna(0).to_numpy() for name in SUMS])  # (4, subjects, n)
-    levels = {
-        "label": parcels_of(atlas, "label"),
-        "group": parcels_of(atlas, "group"),
-        "all": {"all": tuple(atlas.names)},
-    }
-    position = {number: column for column, number in enumerate(atlas.names)}
     rows = []
-    for level, members in levels.items():
-        columns = [[position[number] for number in numbers] for numbers in members.values()]
-        squared, count, residual, total = (np.stack([part[:, c].sum(1) for c in columns], 1) for part in sums)
+    for level, names, (squared, count, residual, total) in _by_level(subjects, atlas):
         measures = {"mse": ((squared, count), _ratio), "temporal_r2": ((residual, total), _explained)}
         for measure, (samples, statistic) in measures.items():
             found = value_and_interval(samples, statistic, paired=True, resamples=resamples, seed=seed)
-            table = pd.DataFrame({"level": level, "name": list(members), "measure": measure, **found})
-            rows.append(table)
+            rows.append(pd.DataFrame({"level": level, "name": names, "measure": measure, **found}))
     return pd.concat(rows, ignore_index=True)
+
+
+def differences(first: pd.DataFrame, second: pd.DataFrame, atlas: Atlas, resamples: int, seed: int) -> pd.DataFrame:
+    """Temporal R² of one network minus another's, with bootstrap intervals over the subjects, who are the same.
+
+    Args:
+        first: rows as for `summarise`.
+        second: the same subjects' in the same units.
+        atlas: whose labels they are.
+        resamples: bootstrap resamples.
+        seed: of the bootstrap.
+
+    Returns:
+        Rows of `region` (with "all"), `difference`, `low` and `high`.
+
+    Raises:
+        InputError: they are of other subjects.
+    """
+    if one_sided := set(first["participant_id"]) ^ set(second["participant_id"]):
+        raise InputError(f"{min(one_sided)} was rebuilt by one network only; rebuild the same subjects with both")
+    rows = []
+    for (level, names, mine), (_, _, others) in zip(_by_level(first, atlas), _by_level(second, atlas), strict=True):
+        if level != "label":
+            samples = (*mine[2:], *others[2:])
+            found = value_and_interval(samples, _difference, paired=True, resamples=resamples, seed=seed)
+            rows.append(pd.DataFrame({"region": names, **found}))
+    return pd.concat(rows, ignore_index=True).rename(columns={"value": "difference"})
+
+
+def _by_level(subjects: pd.DataFrame, atlas: Atlas) -> Iterator[tuple[str, list[str], list[NDArray[np.float64]]]]:
+    """Of labels, groups and the whole: the level, its names, and each of `SUMS` (subjects in order, names)."""
+    labels = parcels_of(atlas, "label")
+    wide = subjects.pivot_table(index="participant_id", columns="name", values=list(SUMS), aggfunc="sum")
+    sums = [wide[name].reindex(columns=list(labels)).fillna(0).to_numpy() for name in SUMS]
+    levels = {"label": labels, "group": parcels_of(atlas, "group"), "all": {"all": tuple(atlas.names)}}
+    position = {number: column for column, number in enumerate(atlas.names)}
+    for level, members in levels.items():
+        columns = [[position[number] for number in numbers] for numbers in members.values()]
+        yield level, list(members), [np.stack([part[:, c].sum(1) for c in columns], 1) for part in sums]
 
 
 def _ratio(above: NDArray, below: NDArray, axis: int) -> NDArray:
@@ -144,6 +172,10 @@ def _ratio(above: NDArray, below: NDArray, axis: int) -> NDArray:
 
 def _explained(residual: NDArray, total: NDArray, axis: int) -> NDArray:
     return 1 - _ratio(residual, total, axis)
+
+
+def _difference(residual: NDArray, total: NDArray, others: NDArray, others_total: NDArray, axis: int) -> NDArray:
+    return _explained(residual, total, axis) - _explained(others, others_total, axis)
 
 
 def regions_rebuilt(path: str | Path) -> pd.DataFrame:

@@ -29,7 +29,7 @@ import torch
 from bundle.anatomy.atlas import AAL3, load_atlas
 from bundle.data.splits import make_splits, save_splits
 from bundle.errors import InputError
-from bundle.evaluation.reconstruction import regions_rebuilt
+from bundle.evaluation import reconstruction
 from bundle.experiments.auroc import PAINTED, differences, summarise
 from bundle.experiments.auroc_picture import what_sees_what
 from bundle.experiments.frozen import CEILING, CONNECTIVITY, Design, connectivity_rows, encoder_rows
@@ -47,6 +47,7 @@ from bundle.workers import parallel_map
 NO_ENCODER = "none"
 SHIFTED = ("coupling", "intensity")
 REBUILT, RIDGE = "reconstruction/reconstruction.csv", "ridge/reconstruction.csv"
+SUMS = "reconstruction/reconstruction_subjects.csv"
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,34 @@ def rebuilt(plan: Plan) -> pd.DataFrame:
         `high`; each region is hidden in turn, whole, at all frames.
     """
     found = [
-        regions_rebuilt(_checkpoint(plan, name).parent / file).assign(encoder=name, by=by)
+        reconstruction.regions_rebuilt(_checkpoint(plan, name).parent / file).assign(encoder=name, by=by)
         for name in _pretrained(plan)
         for by, file in (("network", REBUILT), ("ridge regression", RIDGE))
     ]
     columns = ["encoder", "by", "region", "temporal_r2", "low", "high"]
+    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+
+
+def rebuilt_differences(plan: Plan, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """How much better hidden regions are rebuilt than with the encoder that a plan names, of the same subjects.
+
+    Args:
+        plan: what was run.
+        resamples: bootstrap resamples.
+        seed: of the bootstrap.
+
+    Returns:
+        Rows of `encoder`, `against`, `region` (with "all"), `difference` of temporal R², `low` and `high`, of encoders
+        that are both pretrained by the plan.
+    """
+    atlas, pretrained, found = load_atlas(plan.atlas), _pretrained(plan), []
+    for encoder in pretrained:
+        if (against := plan.encoders[encoder].get("against")) in pretrained:
+            paths = [_checkpoint(plan, name).parent / SUMS for name in (encoder, against)]
+            first, second = (pd.read_csv(path, dtype={"participant_id": str}) for path in paths)
+            table = reconstruction.differences(first, second, atlas, resamples, seed)
+            found.append(table.assign(encoder=encoder, against=against))
+    columns = ["encoder", "against", "region", "difference", "low", "high"]
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
 
@@ -267,11 +291,13 @@ def _store(plan: Plan, folder: Path, cohort: str, seed: int) -> Path:
 def write_tables(plan: Plan, rows: pd.DataFrame, resamples: int = 2000) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write `dynamics.csv` and `dynamics_differences.csv` to the plan's results, and return both.
 
-    Writes `dynamics_r2.csv`, see `rebuilt`, and the picture `dynamics.png`, see `what_sees_what`, beside them.
+    Writes `dynamics_r2.csv` and `dynamics_r2_differences.csv`, see `rebuilt` and `rebuilt_differences`, and the picture
+    `dynamics.png`, see `what_sees_what`, beside them.
 
     Each encoder and readout is compared with the encoder that its plan names, and with every kind of connectivity.
     """
-    write_text(Path(plan.results) / "dynamics_r2.csv", rebuilt(plan).to_csv(index=False, float_format="%.4f"))
+    for name, table in (("r2", rebuilt(plan)), ("r2_differences", rebuilt_differences(plan, resamples))):
+        write_text(Path(plan.results) / f"dynamics_{name}.csv", table.to_csv(index=False, float_format="%.4f"))
     if rows.empty:
         return rows, rows
     pairs = []

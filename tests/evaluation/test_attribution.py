@@ -13,8 +13,10 @@ from torch import nn
 from bundle.anatomy import grid
 from bundle.anatomy.atlas import load_atlas
 from bundle.anatomy.parcels import label_map, parcel_index, parcels_of
+from bundle.errors import InputError
 from bundle.evaluation.attribution import ablation, cohort_mean, gradients, summarise, temporal_mean, within_folds
 from bundle.evaluation.maps import draw
+from bundle.evaluation.reconstruction import differences as reconstruction_differences
 from bundle.evaluation.reconstruction import label_sums
 from bundle.evaluation.reconstruction import summarise as summarise_reconstruction
 from bundle.files import WriteError
@@ -163,6 +165,43 @@ def test_summary_of_reconstruction_divides_sums_over_subjects_and_labels():
         assert found.loc[(level, "mse", name), "value"] == pytest.approx(1.0)
         assert found.loc[(level, "temporal_r2", name), "value"] == pytest.approx(0.5)
         assert found.loc[(level, "temporal_r2", name), ["low", "high"]].tolist() == pytest.approx([0.25, 0.75])
+
+
+def rebuilt(shares: dict[str, float]) -> pd.DataFrame:
+    """Sums of subjects whose temporal R² is given, the same in every label."""
+    return pd.DataFrame(
+        {"participant_id": p, "name": name, "squared": 1.0, "count": 2.0, "residual": 4.0 * (1 - r2), "total": 4.0}
+        for p, r2 in shares.items()
+        for name in ATLAS.names.values()
+    )
+
+
+def test_a_gain_that_every_subject_has_is_told_from_subjects_that_differ_much():
+    """Of the same subjects: paired, the interval of a gain of 0.1 for each has no width, whatever their spread."""
+    first = {"a": 0.9, "b": 0.1, "c": 0.5, "d": -0.3}
+    found = reconstruction_differences(
+        rebuilt({p: r2 + 0.1 for p, r2 in first.items()}), rebuilt(dict(reversed(first.items()))), ATLAS, 100, 0
+    ).set_index("region")
+    assert set(found.index) == {"all", *GROUPS}
+    np.testing.assert_allclose(found[["difference", "low", "high"]], 0.1)
+
+
+def test_differences_of_what_is_rebuilt_are_those_of_the_summaries():
+    rng = np.random.default_rng(0)
+    both = [rebuilt(dict(zip("abcdef", rng.uniform(-1, 1, 6), strict=True))) for _ in range(2)]
+    for table in both:
+        table["residual"] *= rng.uniform(0.5, 1.5, len(table))
+    found = reconstruction_differences(*both, ATLAS, 200, 0).set_index("region")
+    parts = [summarise_reconstruction(table, ATLAS, 20, 0) for table in both]
+    first, second = (t[(t["measure"] == "temporal_r2") & (t["level"] != "label")].set_index("name") for t in parts)
+    np.testing.assert_allclose(found["difference"], (first["value"] - second["value"])[found.index])
+    assert (found["low"] < found["difference"]).all()
+    assert (found["high"] > found["difference"]).all()
+
+
+def test_networks_that_rebuilt_other_subjects_are_not_compared():
+    with pytest.raises(InputError, match="c was rebuilt by one network only; rebuild the same subjects with both"):
+        reconstruction_differences(rebuilt({"a": 0.1, "b": 0.2}), rebuilt({"a": 0.1, "b": 0.2, "c": 0.3}), ATLAS, 20, 0)
 
 
 def test_a_difference_between_folds_is_none_between_groups():

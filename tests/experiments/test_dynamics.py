@@ -192,6 +192,28 @@ def test_the_other_plans_take_the_encoders_that_the_first_pretrains(monkeypatch,
     assert other.readouts["covariance of groups"] == plan.readouts["covariance of groups"]
 
 
+def test_pretrained_encoders_are_compared_by_what_they_rebuild_with_the_one_that_the_plan_names(tmp_path):
+    encoders = {
+        "plain": {"mask": "region_tubes"},
+        "wide": {"mask": "region_tubes", "against": "plain"},
+        "limbic": {"mask": "region", "against": "random"},
+        "random": {"size": SIZE, "normalisation": VOXEL},
+    }
+    pretraining = {"subjects": 60, "seed": 7, "duration_s": 60.0, "overrides": {}}
+    plan = dynamics.read_plan(plan_file(tmp_path, cohorts=[], encoders=encoders, pretraining=pretraining))
+    for name, residual in (("plain", 3.0), ("wide", 1.0)):
+        sums = {"squared": 1.0, "count": 1.0, "residual": residual, "total": 4.0, "name": "Hippocampus_L"}
+        table = pd.DataFrame([sums | {"participant_id": p} for p in ("01", "02", "03")])
+        path = tmp_path / "results" / "pretraining" / name / "reconstruction" / "reconstruction_subjects.csv"
+        path.parent.mkdir(parents=True)
+        table.to_csv(path, index=False)
+    found = dynamics.rebuilt_differences(plan, resamples=20)
+    assert (set(found["encoder"]), set(found["against"])) == ({"wide"}, {"plain"})
+    by_region = found.set_index("region")
+    for region in ("all", "limbic"):  # 0.75 of R² against 0.25
+        assert by_region.loc[region, ["difference", "low", "high"]].tolist() == [0.5, 0.5, 0.5]
+
+
 def test_the_plan_of_windows_takes_the_encoder_that_the_objectives_pretrain(monkeypatch):
     monkeypatch.chdir(ROOT)
     objectives, plan, first = (
@@ -289,3 +311,4 @@ def test_pretraining_is_asked_for_with_the_plans_settings(tmp_path, small_cohort
     assert all(table.empty for table in dynamics.write_tables(only, dynamics.run_plan(only)))
     written = pd.read_csv(tmp_path / "results" / "dynamics_r2.csv")
     pd.testing.assert_frame_equal(written, found)
+    assert pd.read_csv(tmp_path / "results" / "dynamics_r2_differences.csv").empty  # one encoder alone

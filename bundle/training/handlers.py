@@ -1,17 +1,20 @@
 """Handlers that the trainers attach beside MONAI's and Ignite's own."""
 
+import logging
 import resource
 import sys
 import time
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.engines import Trainer
 from torch.utils.tensorboard import SummaryWriter
 
 from bundle.data.batches import seed_of
 from bundle.training.steps import Figures, readable
+
+logger = logging.getLogger(__name__)
 
 
 class DrawByPlace:
@@ -121,6 +124,35 @@ class Throughput:
                 "memory_gib": _peak_bytes() / 2**30,
                 "hours_left": (now - self.begun) / self.steps * left / 3600,
             }
+
+
+class SayIfFlat:
+    """At the end of a pretraining, warn if its last validation rebuilt no course better than a flat line would.
+
+    That is a plateau of the loss on which pretraining starts, and which it may never leave (docs/dynamics.md).
+
+    Args:
+        validator: has the metric `val_temporal_r2`.
+    """
+
+    LEAST = 0.01
+
+    def __init__(self, validator: Engine) -> None:
+        self.validator = validator
+
+    def attach(self, engine: Trainer) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.COMPLETED, self.say)
+
+    def say(self) -> None:
+        """Warn; not where training was complete before, and so nothing was validated."""
+        score = self.validator.state.metrics.get("val_temporal_r2")
+        if score is not None and score < self.LEAST:
+            logger.warning(
+                "val_temporal_r2 is %.3f: hidden voxels are rebuilt no better over time than by a flat line. Train for "
+                "longer, with --normalisation#mode voxel and configs/masks/region_tubes.json (docs/dynamics.md)",
+                score,
+            )
 
 
 def _peak_bytes() -> int:

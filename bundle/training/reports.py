@@ -7,7 +7,7 @@ from ignite.handlers import ProgressBar
 from monai.handlers import StatsHandler, TensorBoardStatsHandler
 from torch.utils.tensorboard import SummaryWriter
 
-from bundle.training.handlers import StepScalars, Throughput
+from bundle.training.handlers import SayIfFlat, StepScalars, Throughput
 from bundle.training.pictures import ReconstructionImages
 
 
@@ -23,21 +23,24 @@ class EpochStats(StatsHandler):
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
 
 
-def training_reports(description: str, writer: SummaryWriter | None) -> list[Any]:
+def training_reports(description: str, writer: SummaryWriter | None, rebuilding: Engine | None = None) -> list[Any]:
     """Handlers of a trainer: a bar, speed and epochs in the log, and in TensorBoard each step's loss, too.
+
+    With the validator of a pretraining, `rebuilding`, also a warning where nothing is rebuilt at the end.
 
     They come before the trainer's other handlers, so that validation does not count as waiting. Of several processes
     the first one reports.
     """
     if writer is None:
         return []
-    return [
+    reports = [
         ProgressBar(desc=description),
         Throughput(),
         EpochStats("train"),
         StepScalars(writer),
         epochs_to(writer),
     ]
+    return reports if rebuilding is None else [*reports, SayIfFlat(rebuilding)]
 
 
 def validation_reports(writer: SummaryWriter | None, pictures: bool = False) -> list[Any]:

@@ -17,11 +17,13 @@ from bundle.training.checkpoints import load_checkpoint, saved_facts
 
 @pytest.mark.parametrize(("mode", "channels"), [("voxel", 1), ("both", 2)])
 def test_a_network_is_pretrained_trained_and_served_in_the_units_that_it_saw(
-    store: Path, derivatives: Path, tmp_path: Path, mode: str, channels: int
+    store: Path, derivatives: Path, tmp_path: Path, capsys: pytest.CaptureFixture, mode: str, channels: int
 ):
     seen = {"dataset_dir": str(store), "normalisation#mode": mode}
     pretraining = seen | {"output_dir": str(tmp_path / "pretrain")}
     run("pretrain", **pretraining)
+    said = "".join(capsys.readouterr())
+    assert said.count("rebuilt no better over time than by a flat line") == 1  # after few steps, and said once
     run("pretrain", "reconstruct", **pretraining, bootstrap_resamples=20)
     rebuilt = pd.read_csv(tmp_path / "pretrain" / "reconstruction" / "reconstruction.csv")
     overall = rebuilt[rebuilt["level"] == "all"].set_index("measure")["value"]

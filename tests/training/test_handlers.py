@@ -10,7 +10,7 @@ from ignite.engine import Engine
 from monai.data import Dataset
 
 from bundle.data.batches import loader
-from bundle.training.handlers import DrawByPlace, StepScalars
+from bundle.training.handlers import DrawByPlace, SayIfFlat, StepScalars
 from bundle.training.pictures import reconstruction_panel
 
 
@@ -33,6 +33,32 @@ def test_epochs_differ_seeds_differ_and_a_resumed_run_draws_the_same():
     assert drawn(8, 4) != whole
     for first in range(20):
         assert drawn(7, 4, first) == whole[first:]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        (
+            {"val_temporal_r2": -0.5},
+            "val_temporal_r2 is -0.500: hidden voxels are rebuilt no better over time than by a",
+        ),
+        (
+            {"val_temporal_r2": 0.003},
+            "val_temporal_r2 is 0.003: hidden voxels are rebuilt no better over time than by a",
+        ),
+        ({"val_temporal_r2": 0.05}, ""),
+        ({}, ""),  # training was complete before
+    ],
+)
+def test_a_pretraining_that_ends_on_the_plateau_says_so_once(
+    caplog: pytest.LogCaptureFixture, metrics: dict, said: str
+):
+    trainer, validator = Engine(lambda *_: None), Engine(lambda *_: None)
+    validator.state.metrics = metrics
+    SayIfFlat(validator).attach(trainer)
+    trainer.run([0, 1], max_epochs=3)
+    assert [record.levelname for record in caplog.records] == (["WARNING"] if said else [])
+    assert said in caplog.text
 
 
 def test_processes_draw_differently(monkeypatch: pytest.MonkeyPatch):

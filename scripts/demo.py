@@ -15,7 +15,7 @@ from scripts.serving import package, release
 logger = logging.getLogger(__name__)
 
 EFFECT = "coupling"
-READOUT = "readouts/covariance"
+MASK, READOUT = "masks/region_tubes", "readouts/covariance"
 EXAMPLE = "brain_fmri_synthetic_example"
 
 
@@ -42,9 +42,9 @@ def demo(folder: str = "demo", subjects: int = 48, effect: float = 4.0, seed: in
     prepare(str(derivatives), str(store))
     logger.info("Step 3 of 6: split the subjects by site and diagnosis")
     splits(str(store), folds=4, seed=seed)
-    logger.info("Step 4 of 6: pretrain by reconstructing the limbic region")
+    logger.info("Step 4 of 6: pretrain by reconstructing half of the brain: a region, and random tubes of the rest")
     common = {"dataset_dir": str(store), "seed": seed}
-    run_config("pretrain", ["pretrain", "demo"], common | {"output_dir": str(base / "pretrain")})
+    run_config("pretrain", ["pretrain", MASK, "demo"], common | {"output_dir": str(base / "pretrain")})
     logger.info("Step 5 of 6: fit the covariance readout to the frozen encoder's features of whole runs")
     common |= {"output_dir": str(base / "train"), "encoder_checkpoint": str(base / "pretrain" / "best.pt")}
     run_config("run", ["train", READOUT, "demo"], common)

@@ -31,6 +31,8 @@ from bundle.preparation.store import read_manifest
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 
 PANEL = "original | masked | reconstructed"
+REGION = "limbic"
+"""The one that is shown, of those that are hidden in turn."""
 NAMES = {0: "control", 1: "case"}
 PLANTED = {
     "coupling": "how strongly they vary together over time, which no single frame shows,",
@@ -40,12 +42,11 @@ PLANTED = {
 _BLUE, _ORANGE, _GREY = "#1f5f8b", "#d1601c", "#8a96a3"
 
 
-def write_demo_report(folder: str | Path, regions: str | Sequence[str] = "limbic") -> Path:
+def write_demo_report(folder: str | Path) -> Path:
     """Write `report.html` in the demo's folder, from what the demo has left there.
 
     Args:
         folder: holds `derivatives`, `store`, `pretrain` and `train`, the last with its `evaluation`.
-        regions: what was hidden in pretraining.
 
     Returns:
         The page's path.
@@ -68,8 +69,8 @@ def write_demo_report(folder: str | Path, regions: str | Sequence[str] = "limbic
         "participants": len(sites),
         "sites": sorted(set(sites.values())),
         "counts": _counts(count_table(load_splits(store / "splits.json"), runs)),
-        "regions": regions if isinstance(regions, str) else ", ".join(regions),
-        "mask": _mask_picture(store, runs[0]["run_id"], regions),
+        "region": REGION,
+        "mask": _mask_picture(store, runs[0]["run_id"]),
         "masked_run": runs[0]["run_id"],
         "rebuilt": drawn(rebuilt_figure(_last_panel(folder / "pretrain" / "tensorboard"))),
         "last": curves.groupby("tag")["value"].last().to_dict(),
@@ -97,10 +98,10 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _mask_picture(store: Path, run_id: str, regions: str | Sequence[str]) -> str:
+def _mask_picture(store: Path, run_id: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         png = Path(folder, "mask.png")
-        mask_overlay(store, run_id, png, regions, load_atlas())
+        mask_overlay(store, run_id, png, REGION, load_atlas())
         return embedded(png.read_bytes())
 
 

@@ -150,7 +150,8 @@ class SayIfFlat:
         if score is not None and score < self.LEAST:
             logger.warning(
                 "val_temporal_r2 is %.3f: hidden voxels are rebuilt no better over time than by a flat line. Train for "
-                "longer, with --normalisation#mode voxel and configs/masks/region_tubes.json (docs/dynamics.md)",
+                "longer or with another --seed, with --normalisation#mode voxel and configs/masks/region_tubes.json "
+                "(docs/dynamics.md)",
                 score,
             )
 

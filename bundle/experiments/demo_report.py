@@ -27,6 +27,7 @@ from bundle.preparation.chain import load_preparation
 from bundle.preparation.prepare import GOOD_OVERLAP
 from bundle.preparation.run_report import rugs
 from bundle.preparation.store import read_manifest
+from bundle.training.handlers import OF_STEPS
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 
@@ -138,7 +139,7 @@ def rebuilt_figure(panel: NDArray) -> Figure:
 
 
 def _by_epoch(curves: pd.DataFrame) -> pd.DataFrame:
-    return curves[curves["tag"] != "iteration_loss"]
+    return curves[~curves["tag"].isin(OF_STEPS)]
 
 
 def curve_figures(curves: pd.DataFrame) -> list[Figure]:

@@ -21,6 +21,7 @@ from bundle.files import slug, write_bytes, write_text
 from bundle.pages import embedded, measure_name, png, render
 from bundle.tasks.scores import measure
 from bundle.tasks.task import Task
+from bundle.training.handlers import OF_STEPS
 
 mpl.use("Agg")  # pictures go to files, also on machines without a display
 
@@ -245,7 +246,7 @@ def curves_plot(trials: Trials, stage: str, label: str) -> Figure | None:
         for (strategy, _), line in curves[curves["tag"] == tag].groupby(["strategy", "trial"], sort=False):
             colour = colours(names.index(strategy) % 20)
             axes.plot(line["step"], line["value"], color=colour, alpha=0.8, linewidth=0.8, marker=".", markersize=3)
-        axes.set(title=tag, xlabel="iterations" if tag == "iteration_loss" else "epochs")
+        axes.set(title=tag, xlabel="iterations" if tag in OF_STEPS else "epochs")
     for axes in panels.flat[len(tags) :]:
         axes.axis("off")
     handles = [plt.Line2D([], [], color=colours(i % 20), label=name) for i, name in enumerate(names)]

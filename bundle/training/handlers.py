@@ -16,6 +16,9 @@ from bundle.training.steps import Figures, readable
 
 logger = logging.getLogger(__name__)
 
+OF_STEPS = ("iteration_loss", "gradient_norm")
+"""Scalars on TensorBoard that count steps; all others count epochs."""
+
 
 class DrawByPlace:
     """Make everything random a function of the seed and the place in training, never of what was drawn before.
@@ -69,8 +72,8 @@ class StepScalars:
         for figures in known:
             if figures.iteration > self.written:
                 loss, norm, *_ = figures.read()
-                self.writer.add_scalar("iteration_loss", loss, figures.iteration)
-                self.writer.add_scalar("gradient_norm", norm, figures.iteration)
+                for name, value in zip(OF_STEPS, (loss, norm), strict=True):
+                    self.writer.add_scalar(name, value, figures.iteration)
                 self.written = figures.iteration
 
 

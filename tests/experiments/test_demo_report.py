@@ -51,6 +51,7 @@ def folder(store, tmp_path_factory):
     with SummaryWriter(folder / "pretrain" / "tensorboard") as writer:
         for step in range(1, 7):
             writer.add_scalar("iteration_loss", 1 / step, step)
+            writer.add_scalar("gradient_norm", 2 / step, step)
         for epoch in range(1, 4):
             for tag in SCALARS:
                 writer.add_scalar(tag, epoch / 4, epoch)
@@ -78,6 +79,10 @@ def test_it_says_that_all_is_synthetic_at_the_top_at_the_scores_and_at_the_end(p
     assert text.count("these scores say nothing about ADHD") == 2
     assert text_of(of_class(page, "banner")[0]).startswith("SYNTHETIC data")
     assert "Once more: SYNTHETIC data" in text_of(of_class(page, "banner")[-1])
+
+
+def test_it_says_after_how_many_epochs(page):
+    assert "After 3 epochs the squared error" in " ".join(text_of(page).split())
 
 
 def test_one_file_holds_it_all(page):

@@ -47,7 +47,7 @@ from bundle.workers import parallel_map
 NO_ENCODER = "none"
 SHIFTED = ("coupling", "intensity")
 REBUILT, RIDGE = "reconstruction/reconstruction.csv", "ridge/reconstruction.csv"
-SUMS = "reconstruction/reconstruction_subjects.csv"
+REBUILT_SUMS = "reconstruction/reconstruction_subjects.csv"
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def rebuilt_differences(plan: Plan, resamples: int = 2000, seed: int = 0) -> pd.
     atlas, pretrained, found = load_atlas(plan.atlas), _pretrained(plan), []
     for encoder in pretrained:
         if (against := plan.encoders[encoder].get("against")) in pretrained:
-            paths = [_checkpoint(plan, name).parent / SUMS for name in (encoder, against)]
+            paths = [_checkpoint(plan, name).parent / REBUILT_SUMS for name in (encoder, against)]
             first, second = (pd.read_csv(path, dtype={"participant_id": str}) for path in paths)
             table = reconstruction.differences(first, second, atlas, resamples, seed)
             found.append(table.assign(encoder=encoder, against=against))
